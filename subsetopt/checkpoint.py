@@ -1,0 +1,72 @@
+"""Save and resume: a tree of arrays and a JSON record, written by orbax so that a crash leaves the last good one."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from subsetopt import checks
+
+
+class Checkpoint:
+    """A folder that holds the latest state of one run; None as path: nothing is saved.
+
+    run: JSON-ready description of the run. Resuming with another one is refused: the result would be neither's.
+    """
+
+    def __init__(self, path: str | Path | None, run: dict[str, Any], every_seconds: float = 60.0):
+        self.run, self.every_seconds, self._saved = run, every_seconds, time.perf_counter()
+        self._manager: Any = None
+        if path is not None:
+            import orbax.checkpoint as ocp  # imported here: it takes seconds and few runs need it
+
+            self._ocp = ocp
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+            self._manager = ocp.CheckpointManager(Path(path).absolute(), options=options)
+
+    def load(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The saved tree, in the structure of `like`, and its record; None where nothing is saved."""
+        step = None if self._manager is None else self._manager.latest_step()
+        if step is None:
+            return None
+        args = self._ocp.args.Composite(tree=self._ocp.args.StandardRestore(), record=self._ocp.args.JsonRestore())
+        saved = self._manager.restore(step, args=args)
+        self._check_same_run(saved["record"]["run"])
+        leaves, structure = jax.tree.flatten(like)
+        found = [_unpacked(saved["tree"][f"{i:04}"], leaf) if f"{i:04}" in saved["tree"] else leaf for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, found), saved["record"]["content"]
+
+    def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> None:
+        """Keep this state, if `now` or the last save is long enough ago."""
+        if self._manager is None or not (now or time.perf_counter() - self._saved > self.every_seconds):
+            return
+        arrays = {f"{i:04}": _packed(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        arrays = {name: array for name, array in arrays.items() if array.size}  # orbax keeps no empty arrays
+        args = self._ocp.args
+        record = {"run": self.run, "content": content}
+        step = (self._manager.latest_step() or 0) + 1
+        self._manager.save(step, args=args.Composite(tree=args.StandardSave(arrays), record=args.JsonSave(record)))
+        self._saved = time.perf_counter()
+
+    def _check_same_run(self, saved: dict[str, Any]) -> None:
+        for key in sorted(saved.keys() | self.run.keys()):
+            checks.require(
+                saved.get(key) == self.run.get(key),
+                f"checkpoint holds another run: {key} was {saved.get(key)!r}, now {self.run.get(key)!r}; "
+                "pass an empty folder, or the arguments of the first call.",
+            )
+
+
+def _packed(leaf: Any) -> np.ndarray:
+    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
+def _unpacked(found: Any, like: Any) -> Any:
+    if isinstance(like, bool | int | float):
+        return type(like)(found)
+    if isinstance(like, jax.Array) and jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(found)
+    return jax.numpy.asarray(found) if isinstance(like, jax.Array) else np.asarray(found)

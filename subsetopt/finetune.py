@@ -1,0 +1,303 @@
+"""finetune: optax on mini-batches of the full set. Also every Adam and SGD baseline, and the warm-up of fit_subset."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from subsetopt import checks
+from subsetopt.checkpoint import Checkpoint
+from subsetopt.model import Params, mask_tree
+from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, make_problem
+from subsetopt.progress import Bar
+from subsetopt.solve import Progress, Status
+from subsetopt.timing import Stopwatch
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneResult:
+    """Outcome of `finetune`.
+
+    params: the best parameters (lowest validation loss; without validation data the last ones). loss: mean loss of the
+    full training set at params, measured once at the end and not part of the cost. validation_loss: at params, or
+    None. sample_grads: gradients of training examples, and a third for each validation example evaluated. seconds:
+    without compile_seconds. history: equal-long lists, one entry an epoch (epoch, step, loss: mean over the epoch's
+    mini-batches as they were met, validation_loss, sample_grads, seconds).
+    """
+
+    params: Params
+    loss: float
+    validation_loss: float | None
+    status: Status
+    n_steps: int
+    epochs: int
+    sample_grads: float
+    seconds: float
+    compile_seconds: float
+    history: dict[str, list]
+
+    @property
+    def message(self) -> str:
+        """Why it ended, in words."""
+        return _MESSAGES.get(self.status, self.status.message)
+
+    @property
+    def success(self) -> bool:
+        """Whether it ran to its planned end or to its early stop."""
+        return self.status in _MESSAGES
+
+    def __str__(self) -> str:
+        validation = "" if self.validation_loss is None else f", validation loss {self.validation_loss:.4g}"
+        return (
+            f"{self.status.name}: {self.message}\nloss {self.loss:.4g}{validation} after {self.epochs} epochs, "
+            f"{self.sample_grads:,.0f} sample_grads, {self.seconds:.1f} s (+ {self.compile_seconds:.1f} s compiling)"
+        )
+
+
+_MESSAGES = {
+    Status.MAX_STEPS: "All epochs are done.",
+    Status.CONVERGED: "The validation loss has not improved for `patience` epochs; the best parameters are kept.",
+}
+
+
+def finetune(
+    model: Any,
+    data: tuple[Any, Any],
+    params: Params | None = None,
+    *,
+    loss: str | Callable[[Array, Array], Array] = "softmax_cross_entropy",
+    optimizer: optax.GradientTransformation | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    seed: int = 0,
+    trainable: Any = None,
+    validation: tuple[Any, Any] | None = None,
+    patience: int | None = None,
+    callback: Callable[[Progress], Any] | None = None,
+    progress: bool = True,
+    checkpoint: Any = None,
+) -> FinetuneResult:
+    """Train on mini-batches of the full set with an optax optimizer.
+
+    Args:
+        model, data, params, loss, trainable, seed: as in `fit_subset`; the seed shuffles (and initialises a linen
+            module when params is None).
+        optimizer: any optax transformation, schedules included; None: optax.adam(1e-3). It sees the whole parameter
+            tree; updates of entries that are not trainable are dropped.
+        epochs: passes over the data. The last mini-batch of an epoch may be smaller than `batch_size`.
+        validation: (x, y) whose loss is measured after each epoch; the best parameters are kept.
+        patience: epochs without a new best validation loss after which to stop; None: never.
+        callback: called with a `Progress` after each epoch; return True to stop.
+        progress: show a progress bar (plain lines in a log).
+        checkpoint: folder to save to and to resume from.
+
+    Raises:
+        ValueError: for any misuse, before the first step.
+    """
+    checks.whole_number("epochs", epochs, 1)
+    checks.whole_number("batch_size", batch_size, 1)
+    checks.whole_number("seed", seed, 0)
+    checks.function("callback", callback)
+    problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
+    held_out = _validation(problem, validation, patience, loss)
+    optimizer = checks.optimizer(optimizer) or optax.adam(1e-3)
+    run = _Run(problem, w, optimizer, trainable, batch_size, seed, held_out)
+    plan = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "examples": problem.count}
+    saver = Checkpoint(checkpoint, plan | {"parameters": problem.parameters})
+    run.resume(saver)
+    with Bar("finetune", epochs, progress) as bar:
+        run.loop(epochs, patience, callback, bar, saver)
+    return run.result()
+
+
+class _Run:
+    """One fine-tuning run: what changes from epoch to epoch, and the loop over epochs."""
+
+    def __init__(self, problem, w, optimizer, trainable, batch_size, seed, held_out):
+        self.problem, self.optimizer, self.batch_size, self.seed = problem, optimizer, batch_size, seed
+        self.held_out, self.status, self.epoch, self.steps, self.cost = held_out, Status.RUNNING, 0, 0, 0.0
+        params = problem.objective.model.unflatten(w, problem.constants)
+        self.mask = None if trainable is None else mask_tree(params, trainable)
+        self.params, self.opt_state = params, optimizer.init(params)
+        self.best, self.best_loss, self.best_epoch = params, math.inf, 0
+        self.history: dict[str, list] = {
+            k: [] for k in ("epoch", "step", "loss", "validation_loss", "sample_grads", "seconds")
+        }
+        self.watch = Stopwatch()
+
+    # --- one epoch -------------------------------------------------------------------------------------------------
+
+    def loop(self, epochs: int, patience: int | None, callback: Any, bar: Bar, saver: Checkpoint) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            while self.epoch < epochs and self.status == Status.RUNNING:
+                progress = self.one_epoch()
+                if patience is not None and self.epoch - self.best_epoch >= patience:
+                    self.status = Status.CONVERGED
+                bar.update(self.epoch, f"loss {progress.loss:.4g}")
+                saver.save(self.tree(), self.content())
+                if callback is not None and callback(progress):
+                    self.status = Status.STOPPED
+            if self.status == Status.RUNNING:
+                self.status = Status.MAX_STEPS
+        if self.status == Status.RUNNING:
+            self.status = Status.STOPPED
+        saver.save(self.tree(), self.content(), now=True)
+
+    def one_epoch(self) -> Progress:
+        params, opt_state, losses = self.params, self.opt_state, []
+        for indices in minibatches(self.problem.count, self.batch_size, self.seed, self.epoch):
+            params, opt_state, mean = descend(
+                self.problem, self.optimizer, params, opt_state, self.mask, indices, self.batch_size
+            )
+            losses.append(mean * len(indices))
+        loss = float(np.sum(jax.device_get(losses))) / self.problem.count
+        self.steps += len(losses)
+        self.cost += GRADIENT * self.problem.count
+        self.epoch += 1
+        if not math.isfinite(loss):
+            self.status = Status.NONFINITE  # the parameters before this epoch stay
+        else:
+            self.params, self.opt_state = params, opt_state
+        return self._record(loss, self._validate())
+
+    def _validate(self) -> float | None:
+        if self.held_out is None:
+            self.best = self.params
+            return None
+        loss = _mean_loss(self.held_out, _flatten(self.problem, self.params))
+        self.cost += LOSS * self.held_out.count
+        if loss < self.best_loss:
+            self.best, self.best_loss, self.best_epoch = self.params, loss, self.epoch
+        return loss
+
+    def _record(self, loss: float, validation_loss: float | None) -> Progress:
+        row = (self.epoch, self.steps, loss, validation_loss, self.cost, self.watch.seconds)
+        for column, value in zip(self.history.values(), row, strict=True):
+            column.append(value)
+        p = self.problem
+        return Progress(
+            -1, p.count, p.ratio, self.steps, loss, validation_loss, math.nan, self.cost, row[-1], self.params
+        )
+
+    # --- begin and end ---------------------------------------------------------------------------------------------
+
+    def tree(self) -> Any:
+        return self.params, self.opt_state, self.best
+
+    def content(self) -> dict[str, Any]:
+        keys = ("epoch", "steps", "cost", "best_epoch", "history")
+        content = {key: getattr(self, key) for key in keys}
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return content | {"best_loss": best, "seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
+
+    def resume(self, saver: Checkpoint) -> None:
+        saved = saver.load(self.tree())
+        if saved is None:
+            return
+        (self.params, self.opt_state, self.best), content = saved
+        for key in ("epoch", "steps", "cost", "best_epoch", "history"):
+            setattr(self, key, content[key])
+        self.best_loss = math.inf if content["best_loss"] is None else content["best_loss"]
+        self.watch = Stopwatch(content["seconds"], content["compile"])
+
+    def result(self) -> FinetuneResult:
+        seconds, compile_seconds = self.watch.seconds, self.watch.compile_seconds
+        loss = _mean_loss(self.problem, _flatten(self.problem, self.best))
+        validation = None if self.held_out is None else self.best_loss
+        totals = (self.steps, self.epoch, self.cost, seconds, compile_seconds)
+        return FinetuneResult(self.best, loss, validation, self.status, *totals, self.history)
+
+
+def minibatches(examples: int, batch_size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """One epoch's mini-batches of indices; the order depends on seed and epoch only, so a resumed run has the same."""
+    order = np.random.default_rng((seed, epoch)).permutation(examples)
+    for start in range(0, examples, batch_size):
+        yield order[start : start + batch_size]
+
+
+def descend(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    opt_state: Any,
+    mask: Params | None,
+    indices: np.ndarray,
+    batch_size: int,
+) -> tuple[Params, Any, Array]:
+    """One optimizer step on the examples `indices`, filled up to batch_size with copies of weight zero."""
+    rows = np.resize(indices, batch_size)
+    weights = (np.arange(batch_size) < len(indices)).astype(problem.dtype) / len(indices)
+    block = (problem.x[rows], problem.y[rows], weights.astype(problem.dtype))
+    return _descend(problem.objective, optimizer, params, opt_state, mask, problem.constants["state"], block)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _descend(objective: Objective, optimizer: Any, params: Params, opt_state: Any, mask: Any, state: Any, block: Any):
+    x, y, weights = block
+
+    def mean(params: Params) -> Array:
+        return jnp.sum(weights * objective.loss.values(objective.model.apply(params, state, x), y))
+
+    loss, grads = jax.value_and_grad(mean)(params)
+    if mask is not None:
+        grads = jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, mask)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    if mask is not None:
+        updates = jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, mask)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+def _validation(problem: Problem, validation: Any, patience: int | None, loss: Any) -> Problem | None:
+    if patience is not None:
+        checks.whole_number("patience", patience, 1)
+        checks.require(validation is not None, f"validation must be given with patience, found None and patience={patience}; pass validation=(x, y).")
+    if validation is None:
+        return None
+    x, y = checks.pair("validation", validation)
+    checks.validation(problem.x, problem.y, x, y)
+    checks.examples(x, y)
+    return dataclasses.replace(problem, x=np.asarray(x), y=np.asarray(y), subset=np.arange(len(x)))
+
+
+def _flatten(problem: Problem, params: Params) -> Array:
+    full = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(params)])
+    return full[problem.constants["index"]] if "index" in problem.constants else full
+
+
+def _mean_loss(problem: Problem, w: Array) -> float:
+    whole = problem.whole()
+    return float(whole.weights @ problem.losses(w, whole))
+
+
+def warm_up(problem: Problem, w: Array, mask: Params | None, epochs: float, seed: int) -> tuple[Array, float]:
+    """Adam on mini-batches of the problem's subset, cosine decay to zero; the new w (P,) and the sample_grads spent.
+
+    A first-order start: far from a minimum a Gauss-Newton model is not worth its price (heuristic, measured).
+    """
+    batch_size = min(128, problem.count)
+    per_epoch = -(-problem.count // batch_size)
+    steps = max(1, round(epochs * per_epoch))
+    optimizer = _warm_up_optimizer(steps)
+    params = problem.objective.model.unflatten(w, problem.constants)
+    opt_state, cost = optimizer.init(params), 0.0
+    for step in range(steps):
+        epoch, at = divmod(step, per_epoch)
+        if at == 0:
+            batches = list(minibatches(problem.count, batch_size, seed, epoch))
+        indices = problem.subset[batches[at]]
+        params, opt_state, _ = descend(problem, optimizer, params, opt_state, mask, indices, batch_size)
+        cost += GRADIENT * len(indices)
+    return _flatten(problem, params), cost
+
+
+@functools.lru_cache(maxsize=64)  # the same optimizer object, so that the same fit compiles its step once
+def _warm_up_optimizer(steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(3e-3, steps))

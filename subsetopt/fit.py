@@ -1,0 +1,375 @@
+"""fit_subset: the stage loop. A subset is solved, it grows, its solution starts the next; the last is the whole set."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from subsetopt import checks
+from subsetopt.checkpoint import Checkpoint
+from subsetopt.finetune import warm_up
+from subsetopt.gauss_newton import GaussNewton
+from subsetopt.growth import Growth, draw_order
+from subsetopt.model import Params, mask_tree
+from subsetopt.problem import LOSS, Problem, Sample, make_problem
+from subsetopt.progress import Bar
+from subsetopt.solve import Progress, Solver, State, Status, evaluated
+from subsetopt.timing import Stopwatch
+
+PROBE_EXAMPLES, PROBE_SHARE = 1000, 0.1  # the probe: 1,000 examples, but at most a tenth of the training set
+REPRESENTATIVE = 0.005  # a stage goes on while the probe's loss falls by 0.5 % from check to check
+
+_STAGE = ("examples", "ratio", "status", "steps", "evals", "sample_grads", "loss", "probe_loss", "seconds")
+_HISTORY = ("stage", "examples", "ratio", "step", "loss", "probe_loss", "grad_norm", "sample_grads", "seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """Outcome of `fit_subset`.
+
+    params: shaped like the model's own. loss, grad_norm: on the last subset, at params (l2 included). n_steps,
+    n_evals: solver steps and evaluations of a subset's loss and gradient. sample_grads: everything the fit computed,
+    in gradients of one example. seconds: without compile_seconds. order: (N,) the permutation whose prefixes are the
+    nested subsets; with fresh subsets, the order of the first stages' pool with the probe at its end. stages: a row a
+    stage. history: equal-long lists, an entry a step. There `loss` is the subset's loss after the step, but before it
+    where the subset is fresh: then it is an unbiased look at the training loss.
+    """
+
+    params: Params
+    loss: float
+    grad_norm: float
+    status: Status
+    message: str
+    n_steps: int
+    n_evals: int
+    sample_grads: float
+    seconds: float
+    compile_seconds: float
+    order: np.ndarray
+    stages: list[dict[str, Any]]
+    history: dict[str, list]
+
+    @property
+    def success(self) -> bool:
+        """Whether the fit ended at a goal of its own: converged, representative, or target reached."""
+        return self.status.success
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.status.name}: {self.message}\nloss {self.loss:.4g} after {self.n_steps} steps, "
+            f"{self.sample_grads:,.0f} sample_grads, {self.seconds:.1f} s (+ {self.compile_seconds:.1f} s compiling)"
+        )
+        return "\n".join([head, _table(self.stages)])
+
+
+def _table(stages: list[dict[str, Any]], most: int = 12) -> str:
+    rows = [f"{'stage':>5} {'examples':>9} {'ratio':>8} {'steps':>6} {'loss':>10} {'probe':>10}  status"]
+    for i, s in enumerate(stages):
+        if len(stages) > most and most // 2 <= i < len(stages) - most // 2:
+            if i == most // 2:
+                rows.append(f"{'...':>5} {len(stages) - 2 * (most // 2)} more stages")
+            continue
+        probe = "" if s["probe_loss"] is None else f"{s['probe_loss']:.4g}"
+        numbers = f"{i:>5} {s['examples']:>9,} {s['ratio']:>8.3g} {s['steps']:>6} {s['loss']:>10.4g} {probe:>10}"
+        rows.append(f"{numbers}  {s['status']}")
+    return "\n".join(rows)
+
+
+def fit_subset(
+    model: Any,
+    data: tuple[Any, Any],
+    params: Params | None = None,
+    *,
+    trainable: Any = None,
+    loss: str | Callable[[Array, Array], Array] = "softmax_cross_entropy",
+    solver: Solver | None = None,
+    growth: Growth | None = None,
+    until: str | int | None = None,
+    warmup_epochs: float = 2.0,
+    seed: int = 0,
+    l2: float = 0.0,
+    max_steps: int | None = None,
+    target_loss: float | None = None,
+    block_size: int | None = None,
+    devices: Any = None,
+    callback: Callable[[Progress], Any] | None = None,
+    progress: bool = True,
+    checkpoint: Any = None,
+) -> FitResult:
+    """Minimise a model's loss on a growing subset of the training data, by a second-order solver.
+
+    Args:
+        model: flax.linen.Module, flax.nnx.Module (used in eval mode), or a function apply(params, x) -> outputs (n, ...).
+        data: (x, y), N examples along the first axis: NumPy arrays, a memmap, or JAX arrays.
+        params: start; None: linen init from `seed`, or the nnx module's own.
+        trainable: bools or boolean arrays shaped like params: what may move. P counts the True entries.
+        loss: "softmax_cross_entropy", "squared_error" (1/2 sum of squares), or a function (outputs, y) -> (n,).
+        solver: GaussNewton() (None) or LBFGS().
+        growth: ratios of the stages; None: the solver's own, `solver.growth`.
+        until: when a stage ends. "representative": the probe's loss falls by less than 0.5 % between two checks;
+            "converged": the subset's minimum; a number: that many steps. None: the solver's own. The last stage goes
+            on until it has converged, target_loss or max_steps; with "representative" and a subset as last stage, the
+            probe ends that one too.
+        warmup_epochs: Adam on mini-batches (rate 3e-3, cosine decay) before the first step, in epochs of the set; 0: none.
+        seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
+        l2: adds l2/2 |w|^2 over trainable parameters.
+        max_steps: solver steps in all stages together; None: the solver's own.
+        target_loss: ends the last stage; a smaller subset's loss never ends the fit.
+        block_size: examples evaluated at once; changes no result beyond rounding.
+        devices: JAX devices of this process to spread blocks over; None: all local ones.
+        callback: called with a `Progress` after each step; return True to stop.
+        progress: show a progress bar (plain lines in a log).
+        checkpoint: folder to save to and to resume from.
+
+    Returns:
+        FitResult. A failed solve is a status, never an exception; Ctrl-C gives STOPPED with the best parameters so far.
+
+    Raises:
+        ValueError: for any misuse, before the first step.
+    """
+    solver = checks.solver(GaussNewton() if solver is None else solver, Solver)
+    growth = checks.growth(solver.growth if growth is None else growth, Growth, solver.fresh_subsets)
+    until = checks.until(solver.until if until is None else until)
+    max_steps = solver.max_steps if max_steps is None else max_steps
+    checks.whole_number("max_steps", max_steps, 1)
+    checks.whole_number("seed", seed, 0)
+    checks.real_number("warmup_epochs", warmup_epochs, 0)
+    checks.function("callback", callback)
+    if target_loss is not None:
+        checks.real_number("target_loss", target_loss)
+    with jax.default_matmul_precision("highest"):  # the GPU default, TF32, is too coarse for a line search
+        problem, w = make_problem(
+            model, data, params, loss=loss, trainable=trainable, seed=seed, l2=l2, block_size=block_size, devices=devices
+        )
+        fit = _Fit(problem, solver, growth, until, max_steps, target_loss, seed)
+        saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs})
+        mask = None if trainable is None else mask_tree(problem.objective.model.unflatten(w, problem.constants), trainable)
+        with Bar("fit_subset", max_steps, progress) as bar:
+            fit.run(w, mask, warmup_epochs, callback, bar, saver)
+        return fit.result()
+
+
+class _Fit:
+    """One fit: the stages, where it stands, and what it has cost."""
+
+    def __init__(self, problem, solver, growth, until, max_steps, target_loss, seed):
+        self.problem, self.solver, self.growth, self.until = problem, solver, growth, until
+        self.max_steps, self.target_loss, self.seed = max_steps, target_loss, seed
+        n = problem.count
+        probe = min(PROBE_EXAMPLES, int(PROBE_SHARE * n))
+        self.sizes = growth.sizes(n, problem.parameters, problem.outputs, probe)
+        self.order = draw_order(problem.y, seed)
+        indices = self.order[n - probe :]
+        self.probe = Sample(indices, np.full(probe, 1 / max(probe, 1))) if probe and self.sizes[0] < n else None
+        self.pool = self.order[: n - probe]
+        # Where the fit stands; all of it is in a checkpoint.
+        self.stage, self.n_steps, self.stage_steps, self.probe_cost, self.status = 0, 0, 0, 0.0, Status.RUNNING
+        self.history: dict[str, list] = {key: [] for key in _HISTORY}
+        self.stages: list[dict[str, Any]] = []
+        self.best_probe, self.last_check = math.inf, math.inf
+        self.stage_begin = (0.0, 0, 0.0)  # sample_grads, evals, seconds at the stage's start
+        self.watch = Stopwatch()
+
+    def description(self) -> dict[str, Any]:
+        """What a resumed run must share with the first one."""
+        return {
+            "examples": len(self.problem.x),
+            "parameters": self.problem.parameters,
+            "solver": repr(self.solver),
+            "growth": repr(self.growth),
+            "until": self.until,
+            "seed": self.seed,
+            "l2": self.problem.l2,
+        }
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self, w: Array, mask: Any, warmup_epochs: float, callback: Any, bar: Bar, saver: Checkpoint) -> None:
+        """All stages, from w or from where the checkpoint left them."""
+        self.state = self.solver.init(self.problem, w)
+        self.best_w = w
+        resumed = self._resume(saver)
+        try:
+            if warmup_epochs and not resumed:
+                pool = self.problem.on(self.pool if self.probe is not None else self.order)
+                w, cost = warm_up(pool, w, mask, warmup_epochs, self.seed)
+                self.state = self.state.replace(w=w, cost=cost)
+            self._enter_stage(resumed)
+            while self.status == Status.RUNNING:
+                self._step(callback, bar)
+                self._end_stage_or_go_on()
+                saver.save(self._tree(), self._content(), now=self.stage_steps == 0)
+        except KeyboardInterrupt:
+            self.status = Status.STOPPED
+            self._close_stage(Status.STOPPED)
+        with contextlib.suppress(KeyboardInterrupt):
+            saver.save(self._tree(), self._content(), now=True)
+
+    def _enter_stage(self, resumed: bool = False) -> None:
+        """The problem of this stage, with the warm start in the state."""
+        self.fresh = not self.growth.nested and self.sizes[self.stage] < len(self.problem.x)
+        self.problem = self._subset()
+        if resumed:
+            return
+        self.state = self.state.replace(known=False, status=Status.RUNNING)
+        self.stage_steps, self.best_probe, self.last_check, self.best_w = 0, math.inf, math.inf, self.state.w
+        self.stage_begin = (self._cost(), self.state.evals, self.watch.seconds)
+
+    def _subset(self) -> Problem:
+        """The first K of the order, or K fresh ones of the pool, the same for the same seed and step."""
+        size = self.sizes[self.stage]
+        if not self.fresh:
+            return self.problem.on(self.order[:size])
+        rng = np.random.default_rng((self.seed, self.n_steps))
+        return self.problem.on(rng.choice(self.pool, size, replace=False, shuffle=False), fresh=True)
+
+    def _step(self, callback: Any, bar: Bar) -> None:
+        before = self.state.w
+        self.state = self.solver.step(self.problem, self.state)
+        self.n_steps += 1
+        self.stage_steps += 1
+        progress = self._record()
+        bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
+        if self.fresh and self.state.w is not before:
+            self.problem = self._subset()
+            self.state = self.state.replace(known=False)
+        if callback is not None and callback(progress):
+            self.status = Status.STOPPED
+
+    def _end_stage_or_go_on(self) -> None:
+        ended = self._stage_status()
+        if ended == Status.RUNNING and self.status == Status.RUNNING:
+            return
+        self._close_stage(self.status or ended)
+        if self.status == Status.RUNNING and self._is_last_stage():
+            self.status = ended
+        fatal = ended in (Status.NONFINITE, Status.TARGET_REACHED) or self.n_steps >= self.max_steps
+        if self.status == Status.RUNNING and fatal:
+            self.status = ended
+        if self.status == Status.RUNNING:
+            self.stage += 1
+            self._enter_stage()
+
+    def _stage_status(self) -> Status:
+        """Whether the stage ends here, and why."""
+        last = self._is_last_stage()
+        if self.state.status != Status.RUNNING:
+            return Status(self.state.status)
+        if last and self.target_loss is not None and self.state.known and self._loss() <= self.target_loss:
+            return Status.TARGET_REACHED
+        if self.until == "representative" and self.probe is not None and self._probe_is_outside():
+            if self._told_all():
+                return Status.REPRESENTATIVE
+        elif not last and isinstance(self.until, int) and self.stage_steps >= self.until:
+            return Status.MAX_STEPS
+        return Status.MAX_STEPS if self.n_steps >= self.max_steps else Status.RUNNING
+
+    def _told_all(self) -> bool:
+        """Whether the probe's loss has fallen by less than 0.5 % since the last check; keeps its best parameters."""
+        if self.stage_steps % self.solver.check_every:
+            return False
+        loss = self.history["probe_loss"][-1]
+        if loss < self.best_probe:
+            self.best_probe, self.best_w = loss, self.state.w
+        told = not loss < self.last_check * (1 - REPRESENTATIVE)
+        self.last_check = loss
+        if told:
+            self.state = self.state.replace(w=self.best_w, known=self.state.known and self.best_w is self.state.w)
+        return told
+
+    def _is_last_stage(self) -> bool:
+        return self.stage == len(self.sizes) - 1
+
+    def _probe_is_outside(self) -> bool:
+        return self.sizes[self.stage] <= len(self.pool)
+
+    # --- the record ------------------------------------------------------------------------------------------------
+
+    def _record(self) -> Progress:
+        probe = self._probe_loss()
+        evaluation = self.state.evaluation
+        norm = float(np.linalg.norm(np.asarray(evaluation.grad)))
+        row = (
+            *(self.stage, self.problem.count, self.problem.ratio, self.n_steps),
+            *(self._loss(), probe, norm, self._cost(), self.watch.seconds),
+        )
+        for column, value in zip(self.history.values(), row, strict=True):
+            column.append(value)
+        return Progress(*row, params=self._params(self.state.w))
+
+    def _probe_loss(self) -> float | None:
+        """The probe's loss where it is looked at; None between checks and once the probe is part of the subset."""
+        watched = self.probe is not None and self._probe_is_outside()
+        if not watched or self.stage_steps % self.solver.check_every:
+            return None
+        assert self.probe is not None
+        self.probe_cost += LOSS * len(self.probe.indices)
+        return float(self.probe.weights @ self.problem.losses(self.state.w, self.probe))
+
+    def _close_stage(self, status: Status) -> None:
+        cost, evals, seconds = self.stage_begin
+        probes = [p for p, s in zip(self.history["probe_loss"], self.history["stage"], strict=True) if s == self.stage]
+        row = (
+            *(self.problem.count, self.problem.ratio, status.name, self.stage_steps, self.state.evals - evals),
+            *(self._cost() - cost, self._loss(), probes[-1] if probes else None, self.watch.seconds - seconds),
+        )
+        self.stages.append(dict(zip(_STAGE, row, strict=True)))
+
+    def _loss(self) -> float:
+        return float(self.state.evaluation.value)
+
+    def _cost(self) -> float:
+        return self.state.cost + self.probe_cost
+
+    def _params(self, w: Array) -> Params:
+        return self.problem.objective.model.unflatten(w, self.problem.constants)
+
+    def result(self) -> FitResult:
+        """The result at the current point, whose loss on the last subset is evaluated if it is not known."""
+        self.state: State = evaluated(self.problem, self.state)
+        evaluation = self.state.evaluation
+        norm = float(np.linalg.norm(np.asarray(evaluation.grad)))
+        message = self.status.message
+        if self.problem.ratio < 1:
+            message += (
+                f" The ratio is {self.problem.ratio:.2g}, below 1: more parameters than constraints, so the minimum is "
+                "not unique and says little about unseen data; use more data or fewer parameters."
+            )
+        return FitResult(
+            *(self._params(self.state.w), self._loss(), norm, self.status, message),
+            *(self.n_steps, self.state.evals, self._cost(), self.watch.seconds, self.watch.compile_seconds),
+            *(self.order, self.stages, self.history),
+        )
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    _KEPT = ("stage", "n_steps", "stage_steps", "probe_cost", "history", "stages", "stage_begin")
+
+    def _tree(self) -> Any:
+        return self.state, self.best_w
+
+    def _content(self) -> dict[str, Any]:
+        content = {key: getattr(self, key) for key in self._KEPT} | {"status": int(self.status)}
+        probes = {key: v if math.isfinite(v := getattr(self, key)) else None for key in ("best_probe", "last_check")}
+        return content | probes | {"seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
+
+    def _resume(self, saver: Checkpoint) -> bool:
+        saved = saver.load(self._tree())
+        if saved is None:
+            return False
+        (self.state, self.best_w), content = saved
+        for key in self._KEPT:
+            setattr(self, key, content[key])
+        for key in ("best_probe", "last_check"):
+            setattr(self, key, math.inf if content[key] is None else content[key])
+        # A run that was stopped, or out of steps, goes on; one that ended at its goal has nothing left to do.
+        status = Status(content["status"])
+        unfinished = status in (Status.STOPPED, Status.MAX_STEPS) and self.n_steps < self.max_steps
+        self.status = Status.RUNNING if unfinished else status
+        self.watch = Stopwatch(content["seconds"], content["compile"])
+        return True

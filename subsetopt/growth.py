@@ -1,0 +1,85 @@
+"""Overdetermination ratios and subset sizes; one stratified permutation of the training set."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+def overdetermination_ratio(examples: int, outputs: int, parameters: int) -> float:
+    """Q = K M / P: constraints (K examples times M outputs) per trainable parameter.
+
+    Above one the training data determine the parameters; arXiv 2410.16523 asks that Q "sufficiently exceed" one
+    before a subset's loss minimum stands for that of the whole set.
+    """
+    for name, value in (("examples", examples), ("outputs", outputs), ("parameters", parameters)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}; count them before asking for a ratio.")
+    return examples * outputs / parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """How the subset grows: ratios Q = start, start * factor, start * factor^2, ... and then the whole set.
+
+    start: ratio of the first subset.
+    factor: what the ratio is multiplied by from stage to stage, above 1.
+    stop: ratio of the last subset; None: on to the whole training set. `Growth(q, stop=q)` is one subset.
+    nested: True: each subset is a prefix of one permutation, a deterministic objective. False: every step draws a
+        fresh subset of its stage's size (Gauss-Newton only; seeded, so just as repeatable).
+    """
+
+    start: float = 4.0
+    factor: float = 1.25
+    stop: float | None = None
+    nested: bool = True
+
+    def __post_init__(self):
+        if not (math.isfinite(self.start) and self.start > 0):
+            raise ValueError(f"Growth.start must be a positive ratio, found {self.start!r}; 4 is a usual choice.")
+        if not (math.isfinite(self.factor) and self.factor > 1):
+            raise ValueError(
+                f"Growth.factor must be above 1, found {self.factor!r}; for one subset use Growth(start=q, stop=q)."
+            )
+        if self.stop is not None and not (math.isfinite(self.stop) and self.stop >= self.start):
+            raise ValueError(
+                f"Growth.stop must be at least start={self.start!r}, found {self.stop!r}; None grows to the whole set."
+            )
+
+    def sizes(self, examples: int, parameters: int, outputs: int, probe: int = 0) -> list[int]:
+        """Subset sizes K = ceil(Q P / M), stage by stage.
+
+        Subsets leave `probe` examples out, except the last one of `stop=None`, which is the whole set.
+        """
+
+        def size(ratio: float) -> int:
+            # 1e-9: a ratio that is a whole number of examples up to rounding stays that number.
+            return max(1, math.ceil(ratio * parameters / outputs - 1e-9))
+
+        last = examples if self.stop is None or size(self.stop) >= examples else min(size(self.stop), examples - probe)
+        sizes, ratio = [], self.start
+        while size(ratio) < min(last, examples - probe + 1):
+            sizes.append(size(ratio))
+            ratio *= self.factor
+        return sorted({*sizes, last})
+
+
+def draw_order(y: np.ndarray, seed: int, stratified: bool = True) -> np.ndarray:
+    """A permutation of the training set of which every prefix is a subset to train on; (N,) indices.
+
+    y: (N,) integer labels or any targets with N rows. With integer labels and `stratified`, every prefix holds the
+    classes in the proportions of the whole set, to within one example a class; other targets are only shuffled.
+    """
+    y = np.asarray(y)
+    if y.ndim == 0 or len(y) == 0:
+        raise ValueError(f"y must hold at least one target, found shape {y.shape}; pass the training targets.")
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(y))
+    if not stratified or y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        return shuffled
+    place = np.empty(len(y))
+    for label in np.unique(y):
+        members = shuffled[y[shuffled] == label]
+        # The j-th member of a class stands at the fraction (j + u) / n of the order, u random.
+        place[members] = (np.arange(len(members)) + rng.uniform()) / len(members)
+    return np.argsort(place, kind="stable")

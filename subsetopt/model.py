@@ -1,0 +1,124 @@
+"""One pure function outputs(w, x) of a flat vector w, whatever the user's model is.
+
+A linen module, an nnx module or a plain `apply(params, x)` becomes a `Model`: hashable, so it is a static argument of
+compiled code, and a dict of `constants` (frozen parameters, nnx state): arrays, so they are not compiled in.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from subsetopt import checks
+
+Params = Any
+Constants = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linen:
+    """Equal modules give equal adapters: a second fit of the same module recompiles nothing."""
+
+    module: Any
+
+    def __call__(self, params: Params, state: Any, x: Array) -> Array:
+        return self.module.apply({"params": params}, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nnx:
+    graphdef: Any
+
+    def __call__(self, params: Params, state: Any, x: Array) -> Array:
+        nnx = sys.modules["flax.nnx"]
+        return nnx.merge(self.graphdef, params, state)(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Function:
+    apply: Callable[[Params, Array], Array]
+
+    def __call__(self, params: Params, state: Any, x: Array) -> Array:
+        return self.apply(params, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The static part of a model: how a flat vector becomes parameters and parameters become outputs."""
+
+    apply: Callable[[Params, Any, Array], Array]
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+
+    def unflatten(self, w: Array, constants: Constants) -> Params:
+        """The parameter tree of the trainable entries w (P,) and the frozen rest."""
+        if "index" in constants:
+            w = constants["full"].at[constants["index"]].set(w)
+        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes])
+        pieces = jnp.split(w, ends[:-1])
+        leaves = [piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def outputs(self, w: Array, constants: Constants, x: Array) -> Array:
+        """Model outputs (n, ...) of examples x (n, ...)."""
+        return self.apply(self.unflatten(w, constants), constants["state"], x)
+
+
+def prepare(model: Any, params: Params | None, x: Any, seed: int, trainable: Any) -> tuple[Model, Array, Constants]:
+    """The static model, its trainable entries w (P,), and the constants they are completed with.
+
+    model: flax.linen.Module, flax.nnx.Module, or apply(params, x). params None: linen init from `seed`; an nnx
+    module brings its own. trainable: None, or bools or boolean arrays shaped like params.
+    """
+    apply, params, state = _adapt(model, params, x, seed)
+    leaves, structure = jax.tree.flatten(params)
+    dtype = checks.parameter_dtype(leaves)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    full = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+    static = Model(apply, structure, tuple(leaf.shape for leaf in leaves))
+    constants: Constants = {"state": state}
+    if trainable is None:
+        return static, full, constants
+    mask = flat_mask(params, trainable)
+    constants |= {"full": full, "index": jnp.asarray(np.flatnonzero(mask))}
+    return static, full[constants["index"]].astype(dtype), constants
+
+
+def mask_tree(params: Params, trainable: Any) -> Params:
+    """`trainable` as boolean arrays in the exact shapes of params."""
+    checks.mask(params, trainable)
+    return jax.tree.map(lambda p, m: np.broadcast_to(np.asarray(m), np.shape(p)), params, trainable)
+
+
+def flat_mask(params: Params, trainable: Any) -> np.ndarray:
+    """`trainable` as one boolean vector over all parameters, in the order of the flat vector."""
+    return np.concatenate([m.reshape(-1) for m in jax.tree.leaves(mask_tree(params, trainable))])
+
+
+def _adapt(model: Any, params: Params | None, x: Any, seed: int) -> tuple[Callable, Params, Any]:
+    # A flax module can only come from a flax that is imported already: no import of ours for users without one.
+    linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
+    if linen is not None and isinstance(model, linen.Module):
+        return _Linen(model), _linen_params(model, params, x, seed), None
+    if nnx is not None and isinstance(model, nnx.Module):
+        twin = nnx.clone(model)
+        twin.eval()  # dropout off, statistics frozen: the loss must be deterministic
+        graphdef, own, state = nnx.split(twin, nnx.Param, ...)
+        return _Nnx(graphdef), own if params is None else params, state
+    checks.plain_function(model, params)
+    return _Function(model), params, None
+
+
+def _linen_params(module: Any, params: Params | None, x: Any, seed: int) -> Params:
+    first = jnp.asarray(x[:1])
+    if params is None:
+        variables = jax.jit(module.init)(jax.random.key(seed), first)
+        checks.only_params(variables)
+        return variables["params"]
+    checks.linen_params(module, params, first)
+    return params

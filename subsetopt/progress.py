@@ -1,0 +1,46 @@
+"""A progress bar on a terminal, plain lines in a log; off means silent."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Bar:
+    """Shows how far a run of `total` steps is. Everything goes to standard error."""
+
+    def __init__(self, title: str, total: int, show: bool):
+        self.title, self.total, self.show, self.done = title, total, show, 0
+        self.begun = self.spoken = time.perf_counter()
+        self._rich: Any = None
+
+    def __enter__(self) -> "Bar":
+        if self.show and sys.stderr.isatty():
+            # Imported here: rich is for people, a silent fit does without it.
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._rich = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+            self._task = self._rich.add_task("", total=self.total, text="")
+            self._rich.start()
+        return self
+
+    def update(self, done: int, text: str) -> None:
+        """`done` of the total steps are finished; `text` says how it stands."""
+        if self._rich is not None:
+            self._rich.update(self._task, completed=done, text=text)
+        elif self.show and time.perf_counter() - self.spoken > _SECONDS_BETWEEN_LINES:
+            self._say(done, text)
+
+    def _say(self, done: int, text: str) -> None:
+        self.spoken = time.perf_counter()
+        rate = done / (self.spoken - self.begun)
+        left = f", at most {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
+        print(f"{self.title}: {done}/{self.total} {text} ({rate:.2g} a second{left})", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._rich is not None:
+            self._rich.stop()
