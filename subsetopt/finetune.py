@@ -300,4 +300,4 @@ def warm_up(problem: Problem, w: Array, mask: Params | None, epochs: float, seed
 
 @functools.lru_cache(maxsize=64)  # the same optimizer object, so that the same fit compiles its step once
 def _warm_up_optimizer(steps: int) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    return optax.adam(optax.cosine_decay_schedule(1e-2, steps))

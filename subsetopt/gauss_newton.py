@@ -78,7 +78,7 @@ class GaussNewton:
 
     curvature_ratio: float | None = 1.1
     averaging: float = 0.5
-    damping: float = 1.0
+    damping: float = 0.1
     damping_factors: tuple[float, ...] = (0.4, 1.5)
     momenta: tuple[float, ...] = (0.3, 0.6)
     trial_examples: int = 1000

@@ -1,0 +1,1 @@
+"""The experiments: each runs `subsetopt` on real data and writes its numbers as JSON."""

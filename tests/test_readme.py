@@ -1,0 +1,73 @@
+"""What the README says works: its Python code runs, and the commands it names exist."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks_alone(markdown: str) -> str:
+    """All ```python blocks as one script; other lines become empty, so line numbers stay true."""
+    lines, inside = [], False
+    for line in markdown.splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = line.strip() == "```python" if fence else inside
+    return "\n".join(lines) + "\n"
+
+
+def commands(markdown: str) -> set[tuple[str, str]]:
+    """Pairs ("make", target) and ("-m", module) in fenced or inline code, without placeholders."""
+    fenced, inline = r"^```.*?^```", r"`[^`\n]+`"
+    code = "\n".join(re.findall(f"{fenced}|{inline}", markdown, flags=re.DOTALL | re.MULTILINE))
+    return set(re.findall(r"(?<!\w)(make|(?<=python )-m) ([\w.-]+)(?=[\s`]|$)", code))
+
+
+def is_runnable(module: str) -> bool:
+    """Whether `python -m module` finds something to run."""
+    spec = importlib.util.find_spec(module)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = importlib.util.find_spec(f"{module}.__main__")
+    return spec is not None
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def test_python_code_of_the_readme_runs(readme: str, run_python, tmp_path: Path):
+    code = python_blocks_alone(readme)
+    assert code.strip(), "README.md has no ```python block"
+    script = tmp_path / "README.py"
+    script.write_text(code)
+    run_python(script, cwd=tmp_path)
+
+
+def test_commands_named_in_the_readme_exist(readme: str):
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = commands(readme)
+    assert named, "README.md names no command"
+    assert {name for kind, name in named if kind == "make"} <= targets
+    assert not {name for kind, name in named if kind == "-m" and not is_runnable(name)}
+
+
+def test_blocks_keep_their_lines_and_their_order():
+    text = "a\n```python\nx = 1\n```\n```sh\nmake demo\n```\n```python\nx += 1\n```\n"
+    assert python_blocks_alone(text).splitlines() == ["", "", "x = 1"] + [""] * 5 + ["x += 1", ""]
+
+
+def test_commands_are_read_from_code_only():
+    text = """To make sure: `make demo`, `python -m experiments.<name>`.
+```sh
+PYTHON=a make test
+.venv/bin/python -m paper_figures adam
+```
+"""
+    assert commands(text) == {("make", "demo"), ("make", "test"), ("-m", "paper_figures")}
+    assert is_runnable("json.tool")
+    assert not is_runnable("json")
+    assert not is_runnable("no_such_module")
