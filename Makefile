@@ -42,8 +42,9 @@ clean:  ## remove .venv, caches and the demo's output
 
 # ensurepip is asked for first: without it, `venv` leaves half a .venv behind.
 .venv/created.stamp:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "subsetopt needs Python 3.11 \
-	or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: PYTHON=python3.12 make ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "subsetopt needs \
+	Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing). \
+	Name another: PYTHON=python3.12 make ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments. \
 	On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear .venv && touch $@

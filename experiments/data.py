@@ -37,9 +37,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # what Pillow calls this many channels
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # letting Pillow try all it knows is slow
 
 
-def load(
-    name: str, split: str = "train", data_dir: str | Path | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def load(name: str, split: str = "train", data_dir: str | Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Load a split: images, float32 (n, height, width, channels) in [0, 1]; labels, int32 (n,).
 
     name: `digits`, which scikit-learn carries, or a set of tensorflow-datasets such as `mnist`,
@@ -202,9 +200,7 @@ def _open_builder(folder: Path) -> Any:
         raise _damaged(f"{folder}/dataset_info.json or features.json", error) from error
     found: Any = builder.info.file_format
     if found != tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(
-            f"{folder} is in {found.value}; delete it and prepare ArrayRecord instead."
-        )
+        raise ValueError(f"{folder} is in {found.value}; delete it and prepare ArrayRecord instead.")
     return builder
 
 

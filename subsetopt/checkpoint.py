@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from subsetopt import checks
@@ -28,14 +29,16 @@ class Checkpoint:
 
     def load(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """The saved tree, in the structure of `like`, and its record; None where nothing is saved."""
-        step = None if self._manager is None else self._manager.latest_step()
-        if step is None:
+        if self._manager is None or (step := self._manager.latest_step()) is None:
             return None
         args = self._ocp.args.Composite(tree=self._ocp.args.StandardRestore(), record=self._ocp.args.JsonRestore())
         saved = self._manager.restore(step, args=args)
         self._check_same_run(saved["record"]["run"])
         leaves, structure = jax.tree.flatten(like)
-        found = [_unpacked(saved["tree"][f"{i:04}"], leaf) if f"{i:04}" in saved["tree"] else leaf for i, leaf in enumerate(leaves)]
+        found = [
+            _unpacked(saved["tree"][f"{i:04}"], leaf) if f"{i:04}" in saved["tree"] else leaf
+            for i, leaf in enumerate(leaves)
+        ]
         return jax.tree.unflatten(structure, found), saved["record"]["content"]
 
     def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> None:
@@ -52,21 +55,20 @@ class Checkpoint:
 
     def _check_same_run(self, saved: dict[str, Any]) -> None:
         for key in sorted(saved.keys() | self.run.keys()):
-            checks.require(
-                saved.get(key) == self.run.get(key),
-                f"checkpoint holds another run: {key} was {saved.get(key)!r}, now {self.run.get(key)!r}; "
-                "pass an empty folder, or the arguments of the first call.",
-            )
+            before, now = saved.get(key), self.run.get(key)
+            must = f"hold a run with {key} = {now!r}"
+            way_out = "pass an empty folder, or the arguments of the first call"
+            checks.require(before == now, "checkpoint", must, repr(before), way_out)
 
 
 def _packed(leaf: Any) -> np.ndarray:
-    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
 def _unpacked(found: Any, like: Any) -> Any:
     if isinstance(like, bool | int | float):
         return type(like)(found)
-    if isinstance(like, jax.Array) and jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+    if isinstance(like, jax.Array) and jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(found)
-    return jax.numpy.asarray(found) if isinstance(like, jax.Array) else np.asarray(found)
+    return jnp.asarray(found) if isinstance(like, jax.Array) else np.asarray(found)

@@ -5,74 +5,79 @@ import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
-def require(condition: Any, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
+def require(condition: Any, name: str, must: str, found: Any, way_out: str) -> None:
+    """Raise ValueError("<name> must <must>, found <found>; <way out>.") unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(f"{name} must {must}, found {found}; {way_out}.")
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------
+def _describe(value: Any) -> str:
+    if hasattr(value, "shape"):
+        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, list | tuple | dict):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return repr(value)
+
+
+# --- numbers, words, functions -------------------------------------------------------------------------------------
 
 
 def whole_number(name: str, value: Any, least: int) -> None:
     """An integer of at least `least`."""
-    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
-    require(fits, f"{name} must be a whole number of at least {least}, found {value!r}; pass for example {name}={least}.")
+    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+    require(fits, name, f"be a whole number of at least {least}", repr(value), f"pass for example {name}={least}")
 
 
-def real_number(name: str, value: Any, least: float = -math.inf, below: float = math.inf, hint: str = "") -> None:
+def real_number(name: str, value: Any, least: float = -math.inf, below: float = math.inf) -> None:
     """A finite number in [least, below)."""
-    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    fits = fits and least <= float(value) < below
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     bounds = f" of at least {least:g}" if least > -math.inf else ""
     bounds += f" and below {below:g}" if below < math.inf else ""
-    require(fits, f"{name} must be a finite number{bounds}, found {value!r}; {hint or f'pass for example {name}={max(least, 0):g}'}.")
+    fits = number and least <= float(value) < below
+    require(fits, name, f"be a finite number{bounds}", repr(value), f"pass for example {name}={max(least, 0):g}")
 
 
 def positive(name: str, value: Any) -> None:
     """A finite number above zero."""
     real_number(name, value, 0)
-    require(value > 0, f"{name} must be above 0, found {value!r}; pass a positive number.")
+    require(value > 0, name, "be above 0", repr(value), f"pass for example {name}=1")
 
 
-def real_tuple(name: str, values: Any, least: float = -math.inf, below: float = math.inf) -> None:
-    """A non-empty tuple of finite numbers in [least, below)."""
-    require(isinstance(values, tuple) and values, f"{name} must be a non-empty tuple, found {values!r}; pass for example (0.5,).")
+def tuple_of(check: Any, name: str, values: Any, *bounds: float) -> None:
+    """A non-empty tuple whose entries all pass `check(name, entry, *bounds)`."""
+    fits = isinstance(values, tuple) and len(values) > 0
+    require(fits, name, "be a non-empty tuple of numbers", repr(values), f"pass for example {name}=(0.5,)")
     for value in values:
-        real_number(name, value, least, below)
-
-
-def positive_tuple(name: str, values: Any) -> None:
-    """A non-empty tuple of finite numbers above zero."""
-    real_tuple(name, values, 0)
-    for value in values:
-        positive(name, value)
+        check(name, value, *bounds)
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """One of a few words."""
-    require(value in allowed, f"{name} must be one of {', '.join(map(repr, allowed))}, found {value!r}; pick one of them.")
+    fits = isinstance(value, str) and value in allowed
+    require(fits, name, f"be one of {', '.join(map(repr, allowed))}", repr(value), "pick one of them")
 
 
 def function(name: str, value: Any) -> None:
     """A function, or None."""
-    require(value is None or callable(value), f"{name} must be a function or None, found {_describe(value)}; pass a function of one Progress.")
+    fits = value is None or callable(value)
+    require(fits, name, "be a function of one Progress, or None", _describe(value), f"pass {name}=lambda progress: ...")
 
 
-def solver(value: Any, protocol: Any) -> Any:
+def solver(value: Any, protocol: type) -> None:
     """An instance with init and step."""
-    is_solver = isinstance(value, protocol) and not isinstance(value, type)
-    require(is_solver, f"solver must be GaussNewton(), LBFGS() or another Solver, found {value!r}; pass an instance.")
-    return value
+    fits = isinstance(value, protocol) and not isinstance(value, type)
+    require(fits, "solver", "be a Solver instance", repr(value), "pass GaussNewton() or LBFGS()")
 
 
 def growth(value: Any, kind: type, fresh_subsets: bool) -> Any:
     """A Growth that the solver can follow."""
-    require(isinstance(value, kind), f"growth must be a Growth, found {value!r}; pass for example Growth(start=4).")
-    require(value.nested or fresh_subsets, "growth must have nested=True with this solver, found nested=False; a line search needs the same subset from step to step.")
+    require(isinstance(value, kind), "growth", "be a Growth", repr(value), "pass for example Growth(start=4)")
+    way_out = "pass nested=True, or a solver that takes fresh subsets such as GaussNewton()"
+    require(value.nested or fresh_subsets, "growth", "be nested for a line search", "nested=False", way_out)
     return value
 
 
@@ -88,88 +93,136 @@ def until(value: Any) -> Any:
 def optimizer(value: Any) -> Any:
     """An optax gradient transformation, or None."""
     fits = value is None or (hasattr(value, "init") and hasattr(value, "update"))
-    require(fits, f"optimizer must be an optax.GradientTransformation, found {_describe(value)}; pass for example optax.adam(1e-3).")
+    way_out = "pass for example optax.adam(1e-3)"
+    require(fits, "optimizer", "be an optax.GradientTransformation", _describe(value), way_out)
     return value
+
+
+def devices(values: Any, known: type) -> None:
+    """A non-empty sequence of different devices, or None."""
+    if values is None:
+        return
+    fits = isinstance(values, list | tuple) and len(values) > 0 and all(isinstance(d, known) for d in values)
+    way_out = "pass jax.local_devices() or a part of it, or None for all"
+    require(fits, "devices", "be a non-empty list of JAX devices", repr(values), way_out)
+    require(len(set(values)) == len(values), "devices", "be different devices", repr(values), "name each once")
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
 def pair(name: str, data: Any) -> tuple[Any, Any]:
-    """The two members of (x, y)."""
+    """The two members of (x, y) as arrays."""
     fits = isinstance(data, tuple | list) and len(data) == 2
-    require(fits, f"{name} must be a pair (x, y), found {_describe(data)}; pass for example (images, labels).")
-    x, y = (_array(member, part) for member, part in zip(data, ("x", "y"), strict=True))
-    return x, y
+    require(fits, name, "be a pair (x, y)", _describe(data), "pass for example (images, labels)")
+    return _array("x", data[0]), _array("y", data[1])
 
 
-def _array(value: Any, name: str) -> Any:
-    if not hasattr(value, "shape"):
-        value = np.asarray(value)
-    bad = value.dtype == object or value.ndim == 0
-    require(not bad, f"{name} must be an array with one row an example, found {_describe(value)}; stack the examples with np.stack.")
+def _array(name: str, value: Any) -> Any:
+    way_out = "stack the examples with np.stack"
+    try:
+        value = value if hasattr(value, "shape") else np.asarray(value)
+    except ValueError:  # NumPy's own word on ragged lists names no argument
+        require(False, name, "be an array with one row an example", _describe(value), way_out)
+    fits = value.ndim > 0 and (np.issubdtype(value.dtype, np.number) or value.dtype == bool or _is_jax_float(value))
+    require(fits, name, "be an array of numbers with one row an example", _describe(value), way_out)
     return value
+
+
+def _is_jax_float(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, np.floating)  # bfloat16, which NumPy does not know
 
 
 def examples(x: Any, y: Any) -> None:
     """As many inputs as targets, at least one, all finite."""
-    require(len(x) == len(y), f"x and y must have the same length, found {len(x)} and {len(y)}; drop or add examples in one of them.")
-    require(len(x) > 0, f"x must hold at least one example, found shape {tuple(x.shape)}; pass the training examples.")
+    lengths = f"lengths {len(x)} and {len(y)}"
+    require(len(x) == len(y), "x and y", "have the same length", lengths, "drop or add examples in one of them")
+    require(len(x) > 0, "x", "hold at least one example", f"shape {tuple(x.shape)}", "pass the training examples")
     for name, values in (("x", x), ("y", y)):
         finite(name, values)
 
 
 def validation(x: Any, y: Any, x_held_out: Any, y_held_out: Any) -> None:
     """Validation data of the training data's shapes and dtypes."""
-    for name, a, b in (("validation x", x, x_held_out), ("validation y", y, y_held_out)):
-        require(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype, f"{name} must look like the training data, found {b.shape[1:]} of {b.dtype}, expected {a.shape[1:]} of {a.dtype}; prepare both alike.")
+    for name, a, b in (("x", x, x_held_out), ("y", y, y_held_out)):
+        expected = f"have {name} of shape (n, *{a.shape[1:]}) and dtype {a.dtype} like the training data"
+        fits = a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+        require(fits, "validation", expected, _describe(b), "prepare both alike")
+
+
+def patience(value: Any, validation: Any) -> None:
+    """A number of epochs, and something to watch during them."""
+    if value is None:
+        return
+    whole_number("patience", value, 1)
+    found = f"patience={value} without validation data"
+    require(validation is not None, "patience", "come with validation data", found, "pass validation=(x, y)")
 
 
 def finite(name: str, values: Any) -> None:
     """No NaN and no infinity; looked at in pieces, so that a memory-mapped file stays on disk."""
-    if not np.issubdtype(values.dtype, np.inexact):
+    if not jnp.issubdtype(values.dtype, np.inexact):
         return
     for start in range(0, len(values), 4096):
         piece = np.asarray(values[start : start + 4096])
-        if not np.isfinite(piece).all():
-            row = start + int(np.flatnonzero(~np.isfinite(piece.reshape(len(piece), -1)).all(axis=1))[0])
-            raise ValueError(f"{name} must be finite, found NaN or infinity in row {row}; remove or impute such examples.")
+        good = np.isfinite(piece.reshape(len(piece), -1)).all(axis=1)
+        if not good.all():
+            row = start + int(np.flatnonzero(~good)[0])
+            require(False, name, "be finite", f"NaN or infinity in row {row}", "remove or impute such examples")
 
 
 def x_dtype(x: Any, dtype: Any) -> None:
     """Floating inputs have the dtype of the parameters: JAX would otherwise convert one of them silently."""
-    if np.issubdtype(x.dtype, np.floating):
-        require(
-            x.dtype == dtype,
-            f"x must have the dtype of params, found x {x.dtype} and params {dtype}; pass x.astype('{dtype}')"
-            + ("" if x.dtype == np.float32 else ", or float64 params with jax.config.update('jax_enable_x64', True)")
-            + ".",
-        )
+    fits = not jnp.issubdtype(x.dtype, np.floating) or x.dtype == dtype
+    way_out = f"pass x.astype('{dtype}')"
+    if x.dtype == np.float64:
+        way_out += ", or float64 params with jax.config.update('jax_enable_x64', True)"
+    require(fits, "x", f"have the dtype of params, {dtype}", x.dtype, way_out)
 
 
 def targets(loss: Any, y: Any, outputs: jax.ShapeDtypeStruct) -> None:
     """Targets that fit the outputs of a named loss."""
-    shape, dtype = tuple(outputs.shape), outputs.dtype
     if loss == "softmax_cross_entropy":
-        require(len(shape) == 2, f"loss='softmax_cross_entropy' needs outputs of shape (n, classes), found {shape}; reshape the model's outputs or pass a loss function.")
-        (_labels if y.ndim == 1 else _probabilities)(y, shape[1], dtype)
+        fits = len(outputs.shape) == 2
+        way_out = "reshape the model's outputs or pass a loss function"
+        require(fits, "model", f"return outputs (n, classes) for loss={loss!r}", outputs.shape, way_out)
+        (_labels if y.ndim == 1 else _probabilities)(y, outputs.shape[1], outputs.dtype)
     elif loss == "squared_error":
-        size = int(np.prod(y.shape[1:]))
-        require(size == int(np.prod(shape[1:])), f"y must have one value for each of the model's outputs {shape[1:]}, found {tuple(y.shape[1:])} an example; reshape y or the outputs.")
-        require(y.dtype == dtype, f"y must have the dtype of the outputs, {dtype}, for loss='squared_error', found {y.dtype}; pass y.astype('{dtype}').")
+        shape = tuple(outputs.shape[1:])
+        fits = math.prod(y.shape[1:]) == math.prod(shape)
+        must = f"have one value for each of the model's outputs {shape}"
+        require(fits, "y", must, f"shape {tuple(y.shape)}", "reshape y or the outputs")
+        _same_dtype("y", y, outputs.dtype)
 
 
 def _labels(y: Any, classes: int, dtype: Any) -> None:
-    require(np.issubdtype(y.dtype, np.integer), f"y must hold integer labels for loss='softmax_cross_entropy', found {y.dtype}; pass y.astype('int32').")
+    integers = np.issubdtype(y.dtype, np.integer)
+    require(integers, "y", "hold integer labels for cross-entropy", y.dtype, "pass y.astype('int32')")
     low, high = int(np.min(y)), int(np.max(y))
-    require(0 <= low and high < classes, f"y must hold labels from 0 to {classes - 1}, one for each of the model's {classes} outputs, found {low} to {high}; renumber the labels or give the model {high + 1} outputs.")
+    must = f"hold labels from 0 to {classes - 1}, one for each of the model's {classes} outputs"
+    way_out = f"renumber the labels or give the model {max(high + 1, classes)} outputs"
+    require(low >= 0 and high < classes, "y", must, f"{low} to {high}", way_out)
 
 
 def _probabilities(y: Any, classes: int, dtype: Any) -> None:
-    require(y.ndim == 2 and y.shape[1] == classes, f"y must have shape (n,) of labels or (n, {classes}) of probabilities, found {tuple(y.shape)}; match the model's {classes} outputs.")
-    require(y.dtype == dtype, f"y must have the dtype of the outputs, {dtype}, found {y.dtype}; pass y.astype('{dtype}').")
+    fits = y.ndim == 2 and y.shape[1] == classes
+    must = f"have shape (n,) of labels or (n, {classes}) of probabilities"
+    require(fits, "y", must, f"shape {tuple(y.shape)}", f"match the model's {classes} outputs")
+    _same_dtype("y", y, dtype)
     total = np.asarray(y).sum(axis=1)
-    require(np.allclose(total, 1, atol=1e-3) and np.min(y) >= 0, f"y must hold rows of probabilities that sum to 1, found sums from {total.min():.4g} to {total.max():.4g}; normalise the rows.")
+    fits = np.allclose(total, 1, atol=1e-3) and np.min(y) >= 0
+    found = f"sums from {total.min():.4g} to {total.max():.4g}, least entry {np.min(y):.4g}"
+    require(fits, "y", "hold rows of probabilities that sum to 1", found, "normalise the rows")
+
+
+def _same_dtype(name: str, value: Any, dtype: Any) -> None:
+    require(
+        value.dtype == dtype,
+        name,
+        f"have the dtype of the outputs, {dtype}",
+        value.dtype,
+        f"pass {name}.astype('{dtype}')",
+    )
 
 
 # --- model and parameters ------------------------------------------------------------------------------------------
@@ -177,92 +230,104 @@ def _probabilities(y: Any, classes: int, dtype: Any) -> None:
 
 def plain_function(model: Any, params: Any) -> None:
     """A function model brings its own parameters."""
-    require(callable(model), f"model must be a flax module or a function apply(params, x), found {_describe(model)}; pass one of those.")
-    require(not isinstance(model, type), f"model must be an instance, found the class {getattr(model, '__name__', model)!r}; write {getattr(model, '__name__', 'Model')}(...).")
-    require(params is not None, "params must be given with model=apply(params, x), found None; only linen modules can be initialised from a seed.")
+    name = getattr(model, "__name__", repr(model))
+    require(not isinstance(model, type), "model", "be an instance", f"the class {name}", f"write {name}(...)")
+    way_out = "pass one of those"
+    require(callable(model), "model", "be a flax module or a function apply(params, x)", _describe(model), way_out)
+    way_out = "pass the parameters; only linen modules are initialised from a seed"
+    require(params is not None, "params", "be given with model=apply(params, x)", "None", way_out)
 
 
 def only_params(variables: Any) -> None:
-    """No batch statistics or other state: the loss must be a pure function of the parameters."""
+    """Parameters, and no batch statistics or other state: the loss must be a pure function of the parameters."""
     others = sorted(set(variables) - {"params"})
-    require(not others, f"model must have no variable collections beside 'params', found {others}; pass apply(params, x) that closes over them, with frozen statistics.")
-    require("params" in variables, "model must have trainable parameters, found none; pass a module with at least one layer.")
+    way_out = "pass apply(params, x) that closes over them, with frozen statistics"
+    require(not others, "model", "have no variable collections beside 'params'", others, way_out)
+    way_out = "pass a module with at least one layer"
+    require("params" in variables, "model", "have trainable parameters", "none", way_out)
 
 
-def linen_params(module: Any, params: Any, first: Any) -> None:
-    """The tree that the module itself would make."""
-    expected = jax.eval_shape(module.init, jax.random.key(0), first)
-    only_params(expected)
-    want, found = _shapes(expected["params"]), _shapes(params)
-    if want != found:
-        keys = sorted(key for key in want.keys() | found.keys() if want.get(key) != found.get(key))
-        raise ValueError(f"params must be the module's 'params' collection, found {keys[0]}: {found.get(keys[0], 'missing')}, expected {want.get(keys[0], 'nothing there')}; pass module.init(key, x)['params'].")
+def same_tree(params: Any, expected: Any, where: str) -> None:
+    """The tree of arrays that the module itself would make."""
+    want, have = _shapes(expected), _shapes(params)
+    different = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
+    if different:
+        key = different[0]
+        must = f"have the module's own structure, {key}: {want.get(key, 'nothing')}"
+        require(False, "params", must, f"{key}: {have.get(key, 'nothing')}", f"pass {where}")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def parameter_dtype(leaves: list[Any]) -> Any:
-    """One floating dtype for all parameters, which are finite."""
-    require(leaves, "params must hold at least one array, found an empty tree; pass the model's parameters.")
-    dtypes = sorted({str(np.asarray(leaf).dtype) for leaf in leaves})
-    require(len(dtypes) == 1, f"params must have one dtype, found {' and '.join(dtypes)}; cast them with jax.tree.map(lambda p: p.astype('float32'), params).")
-    require(dtypes[0] in ("float32", "float64"), f"params must be float32 or float64, found {dtypes[0]}; cast them with jax.tree.map(lambda p: p.astype('float32'), params).")
+def parameter_dtype(leaves: list[Any]) -> np.dtype:
+    """The one floating dtype of all parameters, which are finite."""
+    require(leaves, "params", "hold at least one array", "an empty tree", "pass the model's parameters")
+    found = sorted({str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype) for leaf in leaves})
+    cast = "cast them with jax.tree.map(lambda p: p.astype('float32'), params)"
+    require(len(found) == 1, "params", "have one dtype", " and ".join(found), cast)
+    require(found[0] in ("float32", "float64"), "params", "be float32 or float64", found[0], cast)
     x64 = jax.config.read("jax_enable_x64")
-    require(dtypes[0] == "float32" or x64, "params must be float32 unless x64 is on, found float64; cast them, or call jax.config.update('jax_enable_x64', True) first.")
-    for leaf in leaves:
-        require(np.isfinite(np.asarray(leaf)).all(), "params must be finite, found NaN or infinity; start from other parameters.")
-    return np.dtype(dtypes[0])
+    way_out = cast + ", or call jax.config.update('jax_enable_x64', True) first"
+    require(found[0] == "float32" or x64, "params", "be float32 unless x64 is on", found[0], way_out)
+    all_finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
+    require(all_finite, "params", "be finite", "NaN or infinity", "start from other parameters")
+    return np.dtype(found[0])
 
 
 def mask(params: Any, trainable: Any) -> None:
     """Bools or boolean arrays in the structure of params, with something left to train."""
-    same = jax.tree.structure(params) == jax.tree.structure(trainable)
-    require(same, f"trainable must have the structure of params, found {jax.tree.structure(trainable)}; build it with jax.tree.map(lambda p: True, params) and change entries.")
+    want, have = jax.tree.structure(params), jax.tree.structure(trainable)
+    way_out = "build it with jax.tree.map(lambda p: True, params) and change entries"
+    require(want == have, "trainable", f"have the structure of params, {want}", have, way_out)
     anything = False
     for (path, leaf), m in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(trainable), strict=True):
-        name = f"trainable{jax.tree_util.keystr(path)}"
-        m = np.asarray(m)
-        require(m.dtype == bool, f"{name} must be a bool or a boolean array, found {m.dtype}; pass True, False or an array of them.")
-        require(m.shape in ((), np.shape(leaf)), f"{name} must have the shape {np.shape(leaf)} of its parameter, found {m.shape}; use np.broadcast_to.")
+        name, m = f"trainable{jax.tree_util.keystr(path)}", np.asarray(m)
+        require(m.dtype == bool, name, "be a bool or a boolean array", m.dtype, "pass True, False or an array of them")
+        fits = m.shape in ((), np.shape(leaf))
+        require(fits, name, f"have the shape {np.shape(leaf)} of its parameter", m.shape, "use np.broadcast_to")
         anything |= bool(m.any()) and np.size(leaf) > 0
-    require(anything, "trainable must leave at least one parameter to train, found all False; set an entry to True.")
+    require(anything, "trainable", "leave at least one parameter to train", "all False", "set an entry to True")
 
 
-# --- loss ----------------------------------------------------------------------------------------------------------
+# --- outputs and loss ----------------------------------------------------------------------------------------------
 
 
 def loss_argument(loss: Any, known: tuple[str, ...]) -> None:
     """A known name or a function."""
     fits = loss in known if isinstance(loss, str) else callable(loss)
-    require(fits, f"loss must be one of {', '.join(map(repr, known))} or a function (outputs, y) -> (n,), found {loss!r}; pass one of those.")
-
-
-def per_example(losses: jax.ShapeDtypeStruct, n: int, dtype: Any) -> None:
-    """One loss an example, in the dtype of the parameters."""
-    require(losses.shape == (n,), f"loss must return one value an example, shape ({n},), found shape {losses.shape}; return the per-example losses, not their mean or sum.")
-    require(losses.dtype == dtype, f"loss must return {dtype} like the parameters, found {losses.dtype}; cast inside the loss.")
+    must = f"be one of {', '.join(map(repr, known))} or a function (outputs, y) -> (n,)"
+    require(fits, "loss", must, repr(loss), "pass one of those")
 
 
 def outputs(out: Any, n: int, dtype: Any) -> None:
     """One floating array with a row an example."""
     is_array = isinstance(out, jax.ShapeDtypeStruct)
-    require(is_array, f"model must return one array of outputs, found {type(out).__name__}; return the logits only.")
-    require(len(out.shape) >= 1 and out.shape[0] == n, f"model must return one row of outputs an example, found shape {out.shape} for {n} examples; keep the leading axis.")
-    require(out.dtype == dtype, f"model must compute in the dtype of params, {dtype}, found outputs of {out.dtype}; set the module's dtype or cast.")
+    require(is_array, "model", "return one array of outputs", type(out).__name__, "return the logits only")
+    fits = len(out.shape) > 1 and out.shape[0] == n
+    must = f"return outputs of shape ({n}, M) for {n} examples"
+    require(fits, "model", must, f"shape {out.shape}", "keep the leading axis, and at least one more")
+    must = f"compute in the dtype of params, {dtype}"
+    require(out.dtype == dtype, "model", must, f"outputs of {out.dtype}", "set the module's dtype, or cast")
+
+
+def per_example(losses: Any, n: int, dtype: Any) -> None:
+    """One loss an example, in the dtype of the parameters."""
+    shape = getattr(losses, "shape", type(losses).__name__)
+    way_out = "return the per-example losses, not their mean or sum"
+    require(shape == (n,), "loss", f"return one value an example, shape ({n},)", f"shape {shape}", way_out)
+    require(losses.dtype == dtype, "loss", f"return {dtype} like the parameters", losses.dtype, "cast inside the loss")
 
 
 def deterministic(first: np.ndarray, second: np.ndarray) -> None:
     """The losses of the same examples, evaluated twice in different company, agree."""
-    require(np.isfinite(first).all(), "loss must be finite at the starting params, found NaN or infinity; scale the inputs or start from smaller params.")
-    scale = np.abs(first).max() + np.abs(second).max()
-    tolerance = 1e3 * np.finfo(first.dtype).eps * max(float(scale), float(np.finfo(first.dtype).tiny))
+    way_out = "scale the inputs, or start from smaller params"
+    finite = np.isfinite(first).all() and np.isfinite(second).all()
+    require(finite, "loss", "be finite at the starting params", "NaN or infinity", way_out)
+    scale = float(np.abs(first).max() + np.abs(second).max())
     difference = float(np.abs(first - second).max())
-    require(difference <= tolerance, f"loss must be the same when evaluated twice, found a difference of {difference:.3g}; switch dropout off and freeze batch statistics (no examples may influence one another).")
-
-
-def _describe(value: Any) -> str:
-    if hasattr(value, "shape"):
-        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
-    return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+    fits = difference <= 1e3 * float(np.finfo(first.dtype).eps) * scale
+    way_out = "switch dropout off and freeze batch statistics: no example may influence another"
+    must = "be the same when evaluated twice, in different company"
+    require(fits, "loss", must, f"a difference of {difference:.3g}", way_out)

@@ -13,29 +13,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subsetopt import checks
+
 Kernel = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 AXIS = "data"
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(kernel: Kernel, devices: tuple[jax.Device, ...]) -> Callable:
+def _compiled(kernel: Kernel, devices: tuple[Any, ...]) -> Callable:
     if len(devices) == 1:
         return jax.jit(kernel, static_argnums=0, donate_argnums=1)
     return jax.pmap(
-        kernel, AXIS, in_axes=(None, 0, None, 0), static_broadcasted_argnums=0, donate_argnums=1, devices=devices
+        kernel,
+        AXIS,
+        in_axes=(None, 0, None, 0),
+        static_broadcasted_argnums=0,
+        donate_argnums=1,
+        devices=devices,
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _psum(devices: tuple[jax.Device, ...]) -> Callable:
+def _psum(devices: tuple[Any, ...]) -> Callable:
     return jax.pmap(lambda sums: jax.lax.psum(sums, AXIS), AXIS, in_axes=0, out_axes=None, devices=devices)
 
 
 class Devices:
     """The devices of one fit. One device: plain jit. Several: pmap, each block split evenly over them."""
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, devices: Sequence[Any] | None = None):
+        checks.devices(devices, jax.Device)
         self.devices = tuple(jax.local_devices() if devices is None else devices)
 
     def block_size(self, wanted: int | None) -> int:
@@ -61,6 +69,7 @@ class Devices:
             sums = _psum(self.devices)(sums)
         lead = 1 if len(self.devices) == 1 else 2
         gathered = jax.tree.map(
-            lambda *parts: np.concatenate([np.asarray(p).reshape(-1, *p.shape[lead:]) for p in parts])[:length], *each
+            lambda *parts: np.concatenate([np.asarray(p).reshape(-1, *p.shape[lead:]) for p in parts])[:length],
+            *each,
         )
         return sums, gathered

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -107,7 +108,7 @@ def finetune(
     checks.whole_number("seed", seed, 0)
     checks.function("callback", callback)
     problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
-    held_out = _validation(problem, validation, patience, loss)
+    held_out = _validation(problem, validation, patience)
     optimizer = checks.optimizer(optimizer) or optax.adam(1e-3)
     run = _Run(problem, w, optimizer, trainable, batch_size, seed, held_out)
     plan = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "examples": problem.count}
@@ -122,8 +123,19 @@ class _Run:
     """One fine-tuning run: what changes from epoch to epoch, and the loop over epochs."""
 
     def __init__(self, problem, w, optimizer, trainable, batch_size, seed, held_out):
-        self.problem, self.optimizer, self.batch_size, self.seed = problem, optimizer, batch_size, seed
-        self.held_out, self.status, self.epoch, self.steps, self.cost = held_out, Status.RUNNING, 0, 0, 0.0
+        self.problem, self.optimizer, self.batch_size, self.seed = (
+            problem,
+            optimizer,
+            batch_size,
+            seed,
+        )
+        self.held_out, self.status, self.epoch, self.steps, self.cost = (
+            held_out,
+            Status.RUNNING,
+            0,
+            0,
+            0.0,
+        )
         params = problem.objective.model.unflatten(w, problem.constants)
         self.mask = None if trainable is None else mask_tree(params, trainable)
         self.params, self.opt_state = params, optimizer.init(params)
@@ -184,7 +196,16 @@ class _Run:
             column.append(value)
         p = self.problem
         return Progress(
-            -1, p.count, p.ratio, self.steps, loss, validation_loss, math.nan, self.cost, row[-1], self.params
+            -1,
+            p.count,
+            p.ratio,
+            self.steps,
+            loss,
+            validation_loss,
+            math.nan,
+            self.cost,
+            row[-1],
+            self.params,
         )
 
     # --- begin and end ---------------------------------------------------------------------------------------------
@@ -196,7 +217,11 @@ class _Run:
         keys = ("epoch", "steps", "cost", "best_epoch", "history")
         content = {key: getattr(self, key) for key in keys}
         best = self.best_loss if math.isfinite(self.best_loss) else None
-        return content | {"best_loss": best, "seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
+        return content | {
+            "best_loss": best,
+            "seconds": self.watch.seconds,
+            "compile": self.watch.compile_seconds,
+        }
 
     def resume(self, saver: Checkpoint) -> None:
         saved = saver.load(self.tree())
@@ -240,7 +265,15 @@ def descend(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _descend(objective: Objective, optimizer: Any, params: Params, opt_state: Any, mask: Any, state: Any, block: Any):
+def _descend(
+    objective: Objective,
+    optimizer: Any,
+    params: Params,
+    opt_state: Any,
+    mask: Any,
+    state: Any,
+    block: Any,
+):
     x, y, weights = block
 
     def mean(params: Params) -> Array:
@@ -255,10 +288,8 @@ def _descend(objective: Objective, optimizer: Any, params: Params, opt_state: An
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-def _validation(problem: Problem, validation: Any, patience: int | None, loss: Any) -> Problem | None:
-    if patience is not None:
-        checks.whole_number("patience", patience, 1)
-        checks.require(validation is not None, f"validation must be given with patience, found None and patience={patience}; pass validation=(x, y).")
+def _validation(problem: Problem, validation: Any, patience: int | None) -> Problem | None:
+    checks.patience(patience, validation)
     if validation is None:
         return None
     x, y = checks.pair("validation", validation)
@@ -288,13 +319,11 @@ def warm_up(problem: Problem, w: Array, mask: Params | None, epochs: float, seed
     optimizer = _warm_up_optimizer(steps)
     params = problem.objective.model.unflatten(w, problem.constants)
     opt_state, cost = optimizer.init(params), 0.0
-    for step in range(steps):
-        epoch, at = divmod(step, per_epoch)
-        if at == 0:
-            batches = list(minibatches(problem.count, batch_size, seed, epoch))
-        indices = problem.subset[batches[at]]
-        params, opt_state, _ = descend(problem, optimizer, params, opt_state, mask, indices, batch_size)
-        cost += GRADIENT * len(indices)
+    batches = (b for epoch in itertools.count() for b in minibatches(problem.count, batch_size, seed, epoch))
+    for indices in itertools.islice(batches, steps):
+        batch = problem.subset[indices]
+        params, opt_state, _ = descend(problem, optimizer, params, opt_state, mask, batch, batch_size)
+        cost += GRADIENT * len(batch)
     return _flatten(problem, params), cost
 
 

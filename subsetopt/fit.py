@@ -21,11 +21,34 @@ from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Solver, State, Status, evaluated
 from subsetopt.timing import Stopwatch
 
-PROBE_EXAMPLES, PROBE_SHARE = 1000, 0.1  # the probe: 1,000 examples, but at most a tenth of the training set
+PROBE_EXAMPLES, PROBE_SHARE = (
+    1000,
+    0.1,
+)  # the probe: 1,000 examples, but at most a tenth of the training set
 REPRESENTATIVE = 0.005  # a stage goes on while the probe's loss falls by 0.5 % from check to check
 
-_STAGE = ("examples", "ratio", "status", "steps", "evals", "sample_grads", "loss", "probe_loss", "seconds")
-_HISTORY = ("stage", "examples", "ratio", "step", "loss", "probe_loss", "grad_norm", "sample_grads", "seconds")
+_STAGE = (
+    "examples",
+    "ratio",
+    "status",
+    "steps",
+    "evals",
+    "sample_grads",
+    "loss",
+    "probe_loss",
+    "seconds",
+)
+_HISTORY = (
+    "stage",
+    "examples",
+    "ratio",
+    "step",
+    "loss",
+    "probe_loss",
+    "grad_norm",
+    "sample_grads",
+    "seconds",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +127,7 @@ def fit_subset(
     """Minimise a model's loss on a growing subset of the training data, by a second-order solver.
 
     Args:
-        model: flax.linen.Module, flax.nnx.Module (used in eval mode), or a function apply(params, x) -> outputs (n, ...).
+        model: flax.linen.Module, flax.nnx.Module (in eval mode), or apply(params, x) -> outputs (n, ...).
         data: (x, y), N examples along the first axis: NumPy arrays, a memmap, or JAX arrays.
         params: start; None: linen init from `seed`, or the nnx module's own.
         trainable: bools or boolean arrays shaped like params: what may move. P counts the True entries.
@@ -115,7 +138,7 @@ def fit_subset(
             "converged": the subset's minimum; a number: that many steps. None: the solver's own. The last stage goes
             on until it has converged, target_loss or max_steps; with "representative" and a subset as last stage, the
             probe ends that one too.
-        warmup_epochs: Adam on mini-batches (rate 1e-2, cosine decay) before the first step, in epochs of the set; 0: none.
+        warmup_epochs: Adam on mini-batches (1e-2, cosine decay) before the first step, in epochs; 0: none.
         seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
         l2: adds l2/2 |w|^2 over trainable parameters.
         max_steps: solver steps in all stages together; None: the solver's own.
@@ -132,7 +155,8 @@ def fit_subset(
     Raises:
         ValueError: for any misuse, before the first step.
     """
-    solver = checks.solver(GaussNewton() if solver is None else solver, Solver)
+    solver = GaussNewton() if solver is None else solver
+    checks.solver(solver, Solver)
     growth = checks.growth(solver.growth if growth is None else growth, Growth, solver.fresh_subsets)
     until = checks.until(solver.until if until is None else until)
     max_steps = solver.max_steps if max_steps is None else max_steps
@@ -144,11 +168,21 @@ def fit_subset(
         checks.real_number("target_loss", target_loss)
     with jax.default_matmul_precision("highest"):  # the GPU default, TF32, is too coarse for a line search
         problem, w = make_problem(
-            model, data, params, loss=loss, trainable=trainable, seed=seed, l2=l2, block_size=block_size, devices=devices
+            model,
+            data,
+            params,
+            loss=loss,
+            trainable=trainable,
+            seed=seed,
+            l2=l2,
+            block_size=block_size,
+            devices=devices,
         )
         fit = _Fit(problem, solver, growth, until, max_steps, target_loss, seed)
         saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs})
-        mask = None if trainable is None else mask_tree(problem.objective.model.unflatten(w, problem.constants), trainable)
+        mask = (
+            None if trainable is None else mask_tree(problem.objective.model.unflatten(w, problem.constants), trainable)
+        )
         with Bar("fit_subset", max_steps, progress) as bar:
             fit.run(w, mask, warmup_epochs, callback, bar, saver)
         return fit.result()
@@ -168,7 +202,13 @@ class _Fit:
         self.probe = Sample(indices, np.full(probe, 1 / max(probe, 1))) if probe and self.sizes[0] < n else None
         self.pool = self.order[: n - probe]
         # Where the fit stands; all of it is in a checkpoint.
-        self.stage, self.n_steps, self.stage_steps, self.probe_cost, self.status = 0, 0, 0, 0.0, Status.RUNNING
+        self.stage, self.n_steps, self.stage_steps, self.probe_cost, self.status = (
+            0,
+            0,
+            0,
+            0.0,
+            Status.RUNNING,
+        )
         self.history: dict[str, list] = {key: [] for key in _HISTORY}
         self.stages: list[dict[str, Any]] = []
         self.best_probe, self.last_check = math.inf, math.inf
@@ -217,7 +257,12 @@ class _Fit:
         if resumed:
             return
         self.state = self.state.replace(known=False, status=Status.RUNNING)
-        self.stage_steps, self.best_probe, self.last_check, self.best_w = 0, math.inf, math.inf, self.state.w
+        self.stage_steps, self.best_probe, self.last_check, self.best_w = (
+            0,
+            math.inf,
+            math.inf,
+            self.state.w,
+        )
         self.stage_begin = (self._cost(), self.state.evals, self.watch.seconds)
 
     def _subset(self) -> Problem:
@@ -315,8 +360,19 @@ class _Fit:
         cost, evals, seconds = self.stage_begin
         probes = [p for p, s in zip(self.history["probe_loss"], self.history["stage"], strict=True) if s == self.stage]
         row = (
-            *(self.problem.count, self.problem.ratio, status.name, self.stage_steps, self.state.evals - evals),
-            *(self._cost() - cost, self._loss(), probes[-1] if probes else None, self.watch.seconds - seconds),
+            *(
+                self.problem.count,
+                self.problem.ratio,
+                status.name,
+                self.stage_steps,
+                self.state.evals - evals,
+            ),
+            *(
+                self._cost() - cost,
+                self._loss(),
+                probes[-1] if probes else None,
+                self.watch.seconds - seconds,
+            ),
         )
         self.stages.append(dict(zip(_STAGE, row, strict=True)))
 
@@ -342,7 +398,13 @@ class _Fit:
             )
         return FitResult(
             *(self._params(self.state.w), self._loss(), norm, self.status, message),
-            *(self.n_steps, self.state.evals, self._cost(), self.watch.seconds, self.watch.compile_seconds),
+            *(
+                self.n_steps,
+                self.state.evals,
+                self._cost(),
+                self.watch.seconds,
+                self.watch.compile_seconds,
+            ),
             *(self.order, self.stages, self.history),
         )
 

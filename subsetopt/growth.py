@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from subsetopt import checks
+
 
 def overdetermination_ratio(examples: int, outputs: int, parameters: int) -> float:
     """Q = K M / P: constraints (K examples times M outputs) per trainable parameter.
@@ -13,8 +15,7 @@ def overdetermination_ratio(examples: int, outputs: int, parameters: int) -> flo
     before a subset's loss minimum stands for that of the whole set.
     """
     for name, value in (("examples", examples), ("outputs", outputs), ("parameters", parameters)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, found {value}; count them before asking for a ratio.")
+        checks.whole_number(name, value, 1)
     return examples * outputs / parameters
 
 
@@ -35,16 +36,14 @@ class Growth:
     nested: bool = True
 
     def __post_init__(self):
-        if not (math.isfinite(self.start) and self.start > 0):
-            raise ValueError(f"Growth.start must be a positive ratio, found {self.start!r}; 4 is a usual choice.")
-        if not (math.isfinite(self.factor) and self.factor > 1):
-            raise ValueError(
-                f"Growth.factor must be above 1, found {self.factor!r}; for one subset use Growth(start=q, stop=q)."
-            )
-        if self.stop is not None and not (math.isfinite(self.stop) and self.stop >= self.start):
-            raise ValueError(
-                f"Growth.stop must be at least start={self.start!r}, found {self.stop!r}; None grows to the whole set."
-            )
+        checks.positive("Growth.start", self.start)
+        checks.real_number("Growth.factor", self.factor)
+        way_out = "for one subset use Growth(start=q, stop=q)"
+        checks.require(self.factor > 1, "Growth.factor", "be above 1", repr(self.factor), way_out)
+        if self.stop is not None:
+            checks.real_number("Growth.stop", self.stop)
+            must = f"be at least start={self.start!r}"
+            checks.require(self.stop >= self.start, "Growth.stop", must, repr(self.stop), "None grows to the whole set")
 
     def sizes(self, examples: int, parameters: int, outputs: int, probe: int = 0) -> list[int]:
         """Subset sizes K = ceil(Q P / M), stage by stage.
@@ -71,8 +70,8 @@ def draw_order(y: np.ndarray, seed: int, stratified: bool = True) -> np.ndarray:
     classes in the proportions of the whole set, to within one example a class; other targets are only shuffled.
     """
     y = np.asarray(y)
-    if y.ndim == 0 or len(y) == 0:
-        raise ValueError(f"y must hold at least one target, found shape {y.shape}; pass the training targets.")
+    checks.require(y.size, "y", "hold at least one target", f"shape {y.shape}", "pass the training targets")
+    checks.whole_number("seed", seed, 0)
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(y))
     if not stratified or y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):

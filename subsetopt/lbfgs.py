@@ -6,8 +6,7 @@ cleared where the subset changes (another objective) and once where a line searc
 """
 
 import dataclasses
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +144,10 @@ class LBFGS:
             return state
         w, evaluation = best
         memory = _remember(
-            state.memory, w - state.w, evaluation.grad - before.grad, problem.dtype.type(self.pair_threshold)
+            state.memory,
+            w - state.w,
+            evaluation.grad - before.grad,
+            problem.dtype.type(self.pair_threshold),
         )
         return moved(problem, state, w, evaluation).replace(memory=memory)
 

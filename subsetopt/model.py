@@ -109,16 +109,19 @@ def _adapt(model: Any, params: Params | None, x: Any, seed: int) -> tuple[Callab
         twin = nnx.clone(model)
         twin.eval()  # dropout off, statistics frozen: the loss must be deterministic
         graphdef, own, state = nnx.split(twin, nnx.Param, ...)
-        return _Nnx(graphdef), own if params is None else params, state
+        if params is None:
+            return _Nnx(graphdef), own, state
+        checks.same_tree(params, own, "nnx.state(model, nnx.Param)")
+        return _Nnx(graphdef), params, state
     checks.plain_function(model, params)
     return _Function(model), params, None
 
 
 def _linen_params(module: Any, params: Params | None, x: Any, seed: int) -> Params:
-    first = jnp.asarray(x[:1])
+    first, key = jnp.asarray(x[:1]), jax.random.key(seed)
+    expected = jax.eval_shape(module.init, key, first)
+    checks.only_params(expected)
     if params is None:
-        variables = jax.jit(module.init)(jax.random.key(seed), first)
-        checks.only_params(variables)
-        return variables["params"]
-    checks.linen_params(module, params, first)
+        return jax.jit(module.init)(key, first)["params"]
+    checks.same_tree(params, expected["params"], "module.init(key, x)['params']")
     return params

@@ -76,7 +76,7 @@ def _loss_block(objective: Objective, nothing: Any, shared: Any, block: Any) -> 
 
 
 def _product_block(objective: Objective, product: Array, shared: Any, block: Any) -> tuple[Array, Any]:
-    """v → J v → H J v → J' H J v, weighted and summed over the block."""
+    """V → J v → H J v → J' H J v, weighted and summed over the block."""
     w, v, constants = shared
     x, y, weights = block
     outputs, jv = jax.jvp(lambda w: objective.model.outputs(w, constants, x), (w,), (v,))
@@ -98,7 +98,7 @@ def _row_block(objective: Objective, gram: Array, shared: Any, block: Any) -> tu
 
 
 def _add_gram(gram: Array, rows: Array) -> Array:
-    """gram + R'R in panels of columns, below and on the diagonal blocks only: little over half the work."""
+    """Gram + R'R in panels of columns, below and on the diagonal blocks only: little over half the work."""
     p = gram.shape[0]
     width = -(-p // _PANELS)
     for start in range(0, p, width):
@@ -113,7 +113,7 @@ def _add_gram(gram: Array, rows: Array) -> Array:
 
 @partial(jax.jit, static_argnames="n")
 def _draw(key: Array, uncertainty: Array, count: Array, n: int) -> tuple[Array, Array]:
-    """n positions drawn with q_i = 0.1 / K + 0.9 s_i / sum s, and weights 1 / (n K q_i).
+    """N positions drawn with q_i = 0.1 / K + 0.9 s_i / sum s, and weights 1 / (n K q_i).
 
     Systematic: one random offset, equal steps through the cumulated q. Unbiased like independent draws, with less
     variance, and no example comes oftener than ceil(n q_i).
@@ -203,14 +203,22 @@ class Problem:
         return self._reduce(_row_block, shape, (w, self.constants), sample, u, size=4 * self.block_size)[0]
 
     def draw(self, key: Array, uncertainty: np.ndarray, n: int) -> tuple[np.ndarray, Sample]:
-        """n examples of the subset drawn by uncertainty: their positions in the subset, and the sample."""
+        """N examples of the subset drawn by uncertainty: their positions in the subset, and the sample."""
         # Padded to N examples: a growing subset changes no shape and recompiles nothing.
         padded = np.zeros(len(self.x), self.dtype)
         padded[: self.count] = uncertainty
         positions, weights = (np.asarray(a) for a in _draw(key, padded, np.int32(self.count), n))
         return positions, Sample(self.subset[positions], weights)
 
-    def _reduce(self, kernel: Kernel, zeros: Any, shared: Any, sample: Sample, *extra: np.ndarray, size: int = 0):
+    def _reduce(
+        self,
+        kernel: Kernel,
+        zeros: Any,
+        shared: Any,
+        sample: Sample,
+        *extra: np.ndarray,
+        size: int = 0,
+    ):
         size, n = size or self.block_size, len(sample.indices)
         sums, each = self.devices.start(zeros), []
         for start in range(0, n, size):
@@ -259,7 +267,18 @@ def make_problem(
     size = own.block_size(block_size)
     x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
     problem = Problem(
-        objective, constants, x, y, np.arange(len(x)), own, size, w.size, outputs, np.dtype(w.dtype), seed, float(l2)
+        objective,
+        constants,
+        x,
+        y,
+        np.arange(len(x)),
+        own,
+        size,
+        w.size,
+        outputs,
+        np.dtype(w.dtype),
+        seed,
+        float(l2),
     )
     _check_deterministic(problem, w)
     return problem, w

@@ -7,9 +7,9 @@ import jax
 _compiling = {"seconds": 0.0, "programs": 0}
 
 
-def _listen(event: str, duration: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: object) -> None:
     if event.startswith("/jax/core/compile/"):
-        _compiling["seconds"] += duration
+        _compiling["seconds"] += duration_secs
         _compiling["programs"] += event.endswith("backend_compile_duration")
 
 
@@ -20,7 +20,10 @@ class Stopwatch:
     """Seconds since its making (plus `before`, of an interrupted run), and those in which JAX traced and compiled."""
 
     def __init__(self, before: float = 0.0, compiled_before: float = 0.0):
-        self._start, self._compiled = time.perf_counter() - before, _compiling["seconds"] - compiled_before
+        self._start, self._compiled = (
+            time.perf_counter() - before,
+            _compiling["seconds"] - compiled_before,
+        )
 
     @property
     def compile_seconds(self) -> float:

@@ -32,9 +32,7 @@ def run_python() -> Callable[..., str]:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         command = [sys.executable, "-W", "error", *map(str, args)]
-        done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-        )
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -72,7 +72,7 @@ def tiny_builder():
                 supervised_keys=("image", "label"),
             )
 
-        def _split_generators(self, dl_manager):  # noqa: ARG002, the name is part of the interface
+        def _split_generators(self, dl_manager):
             sizes = {"train": 20, "test": 10, "unlabelled": 2}
             return {split: self._generate_examples(n, split) for split, n in sizes.items()}
 

@@ -98,9 +98,7 @@ def test_refused_record_leaves_the_old_one_and_nothing_else(record: dict, tmp_pa
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_interrupted_writing_leaves_the_old_record_whole(
-    record: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_interrupted_writing_leaves_the_old_record_whole(record: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = records.write(record, tmp_path)
 
     def interrupt(_: int):
@@ -138,9 +136,7 @@ def test_missing_git_leaves_the_commit_open(monkeypatch: pytest.MonkeyPatch):
     assert (found["git_commit"], found["git_dirty"]) == (None, None)
 
 
-def test_new_results_alone_do_not_make_the_code_dirty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_new_results_alone_do_not_make_the_code_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     package = tmp_path / "experiments"
     (package / "results").mkdir(parents=True)
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
