@@ -282,7 +282,8 @@ def _descend(
     loss, grads = jax.value_and_grad(mean)(params)
     if mask is not None:
         grads = jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, mask)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers, which strict promotion forbids
+        updates, opt_state = optimizer.update(grads, opt_state, params)
     if mask is not None:
         updates = jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, mask)
     return optax.apply_updates(params, updates), opt_state, loss

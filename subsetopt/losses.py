@@ -74,7 +74,7 @@ def _roots(values: Callable[[Array, Array], Array], f: Array, y: Array) -> Array
             return values(g.reshape(f_i.shape)[None], y_i[None])[0]
 
         eigenvalues, vectors = jnp.linalg.eigh(jax.hessian(of_flat)(f_i.reshape(-1)))
-        return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+        return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))[None]
 
     return jax.vmap(one)(f, y)
 

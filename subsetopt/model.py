@@ -5,6 +5,7 @@ compiled code, and a dict of `constants` (frozen parameters, nnx state): arrays,
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -117,11 +118,16 @@ def _adapt(model: Any, params: Params | None, x: Any, seed: int) -> tuple[Callab
     return _Function(model), params, None
 
 
+@functools.partial(jax.jit, static_argnums=0)  # of the module, not its method: equal modules compile once
+def _init(module: Any, key: Array, x: Array) -> Params:
+    return module.init(key, x)
+
+
 def _linen_params(module: Any, params: Params | None, x: Any, seed: int) -> Params:
     first, key = jnp.asarray(x[:1]), jax.random.key(seed)
     expected = jax.eval_shape(module.init, key, first)
     checks.only_params(expected)
     if params is None:
-        return jax.jit(module.init)(key, first)["params"]
+        return _init(module, key, first)["params"]
     checks.same_tree(params, expected["params"], "module.init(key, x)['params']")
     return params

@@ -1,0 +1,124 @@
+"""What experiments share: measuring a model, pricing a run, and the Adam baseline that a claim is held against."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.records import flops
+from subsetopt import FinetuneResult, FitResult, GaussNewton, finetune
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _block_sums(model: nn.Module, params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits: Any = model.apply({"params": params}, x)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return jnp.sum(losses), jnp.sum(jnp.argmax(logits, axis=-1) == y)
+
+
+def loss_and_accuracy(model: nn.Module, params: Any, data: Arrays, block: int = 500) -> tuple[float, float]:
+    """Mean cross-entropy and share of right answers; never part of a run's cost."""
+    x, y = data
+    sums = [_block_sums(model, params, x[i : i + block], y[i : i + block]) for i in range(0, len(x), block)]
+    loss, right = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    return float(loss / len(x)), float(right / len(x))
+
+
+@functools.cache
+def gradient_flops(model: nn.Module, shape: tuple[int, ...], block: int = 128) -> float:
+    """Floating-point operations of the loss and gradient of one example, from the compiled program."""
+    x, y = np.zeros((block, *shape), np.float32), np.zeros(block, np.int32)
+    params = model.init(jax.random.key(0), x[:1])["params"]
+
+    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x), y))
+
+    return flops(jax.value_and_grad(loss), params, x, y) / block
+
+
+def linear_algebra_flops(solver: Any, parameters: int) -> float:
+    """Operations of one step beside the model's own: the curvature matrix (its lower half) and its factorisations.
+
+    The compiler's cost analysis does not see into the factorisation, so these two are counted by hand.
+    """
+    if not isinstance(solver, GaussNewton) or solver.curvature_ratio is None:
+        return 0.0
+    return (solver.curvature_ratio + len(solver.damping_factors) / 3) * parameters**3
+
+
+def count(params: Any) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What a run on N examples costs in each of the three columns."""
+
+    examples: int
+    flops_per_grad: float
+
+    def of(self, sample_grads: float, seconds: float, extra_flops: float = 0.0) -> dict[str, float]:
+        """Epochs (sample_grads / N), floating-point operations, seconds without compiling."""
+        total = sample_grads * self.flops_per_grad + extra_flops
+        return {"epochs": sample_grads / self.examples, "flops": total, "seconds": seconds}
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
+    """Equal-long lists from rows with the same keys."""
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def tuned_adam(
+    model: nn.Module,
+    train: Arrays,
+    test: Arrays,
+    budgets: dict[int, tuple[float, ...]],
+    price: Price,
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, list]:
+    """Adam at several budgets (epochs), each with a cosine decay to zero of its own, at each of its rates.
+
+    One row a run; the best of a budget is what the method is compared with.
+    """
+    rows = []
+    for epochs, rates in budgets.items():
+        for rate in rates:
+            result = adam(model, train, None, rate, epochs, seed)
+            loss, accuracy = loss_and_accuracy(model, result.params, test)
+            cost = price.of(result.sample_grads, result.seconds)
+            row = {"budget_epochs": epochs, "rate": rate, "full_loss": result.loss, "test_loss": loss}
+            rows.append(row | {"test_accuracy": accuracy, "flops": cost["flops"], "seconds": cost["seconds"]})
+            say(f"Adam, {epochs} epochs at {rate:g}: loss {result.loss:.4g}, test accuracy {accuracy:.4f}")
+    return columns(rows)
+
+
+def adam(model: nn.Module, train: Arrays, params: Any, rate: float, epochs: int, seed: int, **options: Any) -> FinetuneResult:
+    """Adam on mini-batches of 128, cosine decay from `rate` to zero over all steps."""
+    steps = epochs * -(-len(train[0]) // 128)
+    schedule = optax.cosine_decay_schedule(rate, steps)
+    return finetune(
+        model, train, params, optimizer=optax.adam(schedule), epochs=epochs, seed=seed, progress=False, **options
+    )
+
+
+def fit_curve(model: nn.Module, fit: FitResult, snapshots: dict[int, Any], train: Arrays, price: Price, solver: Any):
+    """The history of a fit with its three costs, and the loss of the whole training set at the snapshots (by step)."""
+    extra = linear_algebra_flops(solver, count(fit.params))
+    rows = []
+    for i, step in enumerate(fit.history["step"]):
+        cost = price.of(fit.history["sample_grads"][i], fit.history["seconds"][i], extra * step)
+        full = loss_and_accuracy(model, snapshots[step], train)[0] if step in snapshots else None
+        names = {"examples": "examples", "ratio": "ratio", "stage": "stage", "subset_loss": "loss"}
+        row = {name: fit.history[key][i] for name, key in names.items()}
+        rows.append(cost | row | {"probe_loss": fit.history["probe_loss"][i], "full_loss": full})
+    return columns(rows)

@@ -1,0 +1,296 @@
+"""fit_subset as a user meets it: stages, ends, models of every kind, masks, interruption."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subsetopt import LBFGS, GaussNewton, Growth, Status, fit_subset
+from subsetopt.timing import compiled_programs
+
+SOLVERS = [GaussNewton(), GaussNewton(linear_solve="cg"), LBFGS()]
+QUIET = {"progress": False, "warmup_epochs": 0.5}
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(6)(x))
+        return nn.Dense(3)(x)
+
+
+def linear(params, x):
+    return x @ params["w"] + params["b"]
+
+
+LINEAR = {"w": np.zeros((5, 3), np.float32), "b": np.zeros((1, 3), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def data():
+    """300 points of 3 overlapping classes in 5 dimensions."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 300).astype(np.int32)
+    return (rng.normal(size=(300, 5)) + 1.5 * np.eye(5)[y]).astype(np.float32), y
+
+
+def leaves(params):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def assert_same_params(a, b, **tolerance):
+    for p, q in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_allclose(p, q, **tolerance)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_defaults_grow_to_the_whole_set_and_lower_its_loss(data, solver):
+    result = fit_subset(Net(), data, solver=solver, progress=False)
+    assert result.stages[-1]["examples"] == 300
+    assert result.loss < 0.45
+    assert result.status in (Status.CONVERGED, Status.MAX_STEPS, Status.STALLED)
+    assert {len(column) for column in result.history.values()} == {result.n_steps}
+    assert sum(stage["steps"] for stage in result.stages) == result.n_steps
+    assert result.message in str(result)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_same_seed_gives_the_same_bits(data, solver):
+    first, second = (fit_subset(Net(), data, solver=solver, max_steps=8, seed=3, **QUIET) for _ in range(2))
+    assert_same_params(first.params, second.params, rtol=0)
+    assert first.history["loss"] == second.history["loss"]
+
+
+def test_other_seeds_give_other_subsets(data):
+    orders = [fit_subset(Net(), data, max_steps=1, seed=seed, **QUIET).order for seed in (0, 1)]
+    assert (orders[0] != orders[1]).any()
+
+
+@pytest.mark.parametrize("solver", [GaussNewton(curvature_ratio=None), LBFGS()], ids=repr)
+def test_nested_stages_never_raise_their_loss(data, solver):
+    result = fit_subset(Net(), data, solver=solver, growth=Growth(3, 2), until="converged", max_steps=80, **QUIET)
+    loss, stage = np.array(result.history["loss"]), np.array(result.history["stage"])
+    within = stage[1:] == stage[:-1]
+    assert (np.diff(loss)[within] <= 1e-6).all()
+    assert len(set(stage)) > 1
+
+
+def test_stage_sizes_are_nested_prefixes_of_the_order(data):
+    growth = Growth(start=2, factor=2)
+    result = fit_subset(Net(), data, solver=LBFGS(), growth=growth, until=1, max_steps=10, **QUIET)
+    assert sorted(result.order) == list(range(300))
+    assert [s["examples"] for s in result.stages] == growth.sizes(300, 57, 3, probe=30)
+    assert [s["ratio"] for s in result.stages] == [s["examples"] * 3 / 57 for s in result.stages]
+
+
+def test_until_a_number_is_that_many_steps_a_stage(data):
+    result = fit_subset(Net(), data, growth=Growth(3, 2), until=2, max_steps=9, **QUIET)
+    assert [s["steps"] for s in result.stages[:-1]] == [2] * (len(result.stages) - 1)
+
+
+def test_representative_stage_ends_with_its_best_probe_loss(data):
+    result = fit_subset(Net(), data, growth=Growth(2, stop=2), until="representative", max_steps=100, progress=False)
+    assert result.status == Status.REPRESENTATIVE
+    probes = [p for p in result.history["probe_loss"] if p is not None]
+    assert probes[-1] > 0.995 * probes[-2]
+    probe = result.order[-30:]
+    logits = Net().apply({"params": result.params}, data[0][probe])
+    losses = -jax.nn.log_softmax(logits)[np.arange(30), data[1][probe]]
+    assert float(jnp.mean(losses)) == pytest.approx(min(probes), rel=1e-5)
+
+
+def test_converged_stage_has_no_gradient_left(data):
+    result = fit_subset(
+        linear, data, LINEAR, solver=LBFGS(), growth=Growth(4, stop=4), until="converged", l2=1e-2, **QUIET
+    )
+    assert result.status == Status.CONVERGED
+    assert result.grad_norm < 1e-4
+    assert len(result.stages) == 1
+
+
+def test_target_loss_is_that_of_the_last_stage(data):
+    result = fit_subset(Net(), data, target_loss=0.6, growth=Growth(3, 3), **QUIET)
+    assert result.status == Status.TARGET_REACHED
+    assert result.loss <= 0.6
+    assert result.stages[-1]["examples"] == 300
+    assert all(s["status"] != "TARGET_REACHED" for s in result.stages[:-1])
+
+
+def test_small_set_is_one_stage(data):
+    result = fit_subset(Net(), (data[0][:40], data[1][:40]), growth=Growth(start=4), max_steps=3, **QUIET)
+    assert [s["examples"] for s in result.stages] == [40]
+
+
+def test_ratio_below_one_is_said_in_words(data):
+    result = fit_subset(Net(), (data[0][:10], data[1][:10]), max_steps=2, **QUIET)
+    assert result.stages[-1]["ratio"] < 1
+    assert "below 1" in result.message
+
+
+def test_max_steps_ends_the_fit_wherever_it_is(data):
+    result = fit_subset(Net(), data, growth=Growth(2, 1.5), max_steps=2, **QUIET)
+    assert (result.status, result.n_steps) == (Status.MAX_STEPS, 2)
+    assert np.isfinite(result.loss)
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.inner, self.outer = nnx.Linear(5, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.outer(self.dropout(jnp.tanh(self.inner(x))))
+
+
+def test_nnx_module_fits_and_takes_its_params_back(data):
+    model = NnxNet(nnx.Rngs(0))
+    before = leaves(nnx.state(model, nnx.Param))
+    result = fit_subset(model, data, max_steps=12, progress=False)
+    assert_same_params(before, nnx.state(model, nnx.Param), rtol=0)  # the user's module is left alone
+    nnx.update(model, result.params)
+    model.eval()
+    losses = -jax.nn.log_softmax(model(data[0]))[np.arange(300), data[1]]
+    assert float(jnp.mean(losses)) == pytest.approx(result.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_plain_function_and_squared_error_fit(data, solver):
+    targets = (data[0] @ np.arange(5, dtype=np.float32))[:, None] + 1
+    params = {"w": np.zeros((5, 1), np.float32), "b": np.zeros((1, 1), np.float32)}
+    result = fit_subset(linear, (data[0], targets), params, loss="squared_error", solver=solver, **QUIET)
+    np.testing.assert_allclose(result.params["w"][:, 0], np.arange(5), atol=2e-2)
+
+
+def test_custom_loss_equals_the_named_one(data):
+    def cross_entropy(outputs, y):
+        return jax.nn.logsumexp(outputs, axis=-1) - jnp.take_along_axis(outputs, y[:, None], axis=-1)[:, 0]
+
+    solver = GaussNewton(curvature_ratio=None)
+    named, custom = (
+        fit_subset(linear, data, LINEAR, solver=solver, loss=loss, growth=Growth(3, 2), max_steps=6, l2=1e-2, **QUIET)
+        for loss in ("softmax_cross_entropy", cross_entropy)
+    )
+    np.testing.assert_allclose(named.history["loss"], custom.history["loss"], rtol=2e-4)
+
+
+def test_labels_may_be_probabilities(data):
+    one_hot = np.eye(3, dtype=np.float32)[data[1]]
+    a, b = (fit_subset(Net(), (data[0], y), growth=Growth(99), max_steps=3, **QUIET) for y in (data[1], one_hot))
+    assert a.stages[-1]["examples"] == b.stages[-1]["examples"] == 300
+    assert b.loss < 1.2
+
+
+def test_memory_mapped_data_fits(tmp_path, data):
+    np.save(tmp_path / "x.npy", data[0])
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    a, b = (fit_subset(Net(), (x, data[1]), max_steps=4, **QUIET) for x in (data[0], mapped))
+    assert_same_params(a.params, b.params, rtol=0)
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_frozen_and_pruned_entries_do_not_move_and_do_not_count(data, solver):
+    params = Net().init(jax.random.key(1), data[0][:1])["params"]
+    pruned = np.zeros((6, 3), bool)
+    pruned[::2] = True
+    trainable = {"Dense_0": {"kernel": False, "bias": False}, "Dense_1": {"kernel": pruned, "bias": True}}
+    result = fit_subset(Net(), data, params, trainable=trainable, solver=solver, max_steps=6, **QUIET)
+    assert result.stages[-1]["ratio"] == result.stages[-1]["examples"] * 3 / (9 + 3)
+    assert_same_params(result.params["Dense_0"], params["Dense_0"], rtol=0)
+    moved = np.asarray(result.params["Dense_1"]["kernel"] != params["Dense_1"]["kernel"])
+    assert not moved[~pruned].any()
+    assert moved[pruned].all()
+
+
+# --- interruption --------------------------------------------------------------------------------------------------
+
+
+def test_callback_sees_every_step_and_can_stop(data):
+    seen = []
+    result = fit_subset(Net(), data, callback=lambda p: seen.append(p) or len(seen) == 4, **QUIET)
+    assert (result.status, result.n_steps) == (Status.STOPPED, 4)
+    assert [p.step for p in seen] == [1, 2, 3, 4]
+    assert [p.loss for p in seen] == result.history["loss"]
+    assert jax.tree.structure(seen[-1].params) == jax.tree.structure(result.params)
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_keyboard_interrupt_returns_the_parameters_so_far(data, at):
+    def interrupt(progress):
+        if progress.step == at:
+            raise KeyboardInterrupt
+
+    result = fit_subset(Net(), data, callback=interrupt, **QUIET)
+    assert result.status == Status.STOPPED
+    assert result.n_steps == at
+    assert np.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_resumed_fit_equals_an_uninterrupted_one(tmp_path, data, solver):
+    options = {"solver": solver, "growth": Growth(3, 2), "until": 3, "max_steps": 12} | QUIET
+    whole = fit_subset(Net(), data, **options)
+    first = fit_subset(Net(), data, callback=lambda p: p.step == 5, checkpoint=tmp_path, **options)
+    assert first.status == Status.STOPPED
+    resumed = fit_subset(Net(), data, checkpoint=tmp_path, **options)
+    assert_same_params(whole.params, resumed.params, rtol=0)
+    assert whole.history["loss"] == resumed.history["loss"]
+    assert whole.sample_grads == pytest.approx(resumed.sample_grads)
+    assert resumed.n_steps == 12
+
+
+def test_finished_fit_is_read_back_from_its_checkpoint(tmp_path, data):
+    options = {"max_steps": 200, "solver": LBFGS(), "checkpoint": tmp_path, "l2": 1e-2, **QUIET}
+    first, second = (fit_subset(linear, data, LINEAR, **options) for _ in range(2))
+    assert first.status == second.status == Status.CONVERGED
+    assert first.n_steps == second.n_steps
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path, data):
+    fit_subset(Net(), data, max_steps=2, checkpoint=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match=r"checkpoint must hold a run with seed = 1, found 0"):
+        fit_subset(Net(), data, max_steps=2, seed=1, checkpoint=tmp_path, **QUIET)
+
+
+def test_exploding_loss_is_a_status_with_the_last_finite_parameters():
+    x = np.linspace(1, 2, 50, dtype=np.float32)[:, None]
+
+    def explode(params, x):
+        return jnp.where(params["w"] > 0.5, jnp.nan, params["w"]) * x
+
+    params = {"w": np.zeros((1, 1), np.float32)}
+    result = fit_subset(explode, (x, x), params, loss="squared_error", warmup_epochs=0, progress=False)
+    assert np.isfinite(leaves(result.params)[0]).all()
+    assert np.isfinite(result.loss)
+    assert result.status in (Status.STALLED, Status.NONFINITE, Status.MAX_STEPS)
+
+
+# --- compilation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_growing_subsets_and_equal_models_never_recompile(data, solver):
+    def fit(growth):
+        return fit_subset(Net(), data, solver=solver, growth=growth, until=1, max_steps=10, **QUIET)
+
+    fit(Growth(3, 3))
+    before = compiled_programs()
+    result = fit(Growth(2.5, 1.2))
+    assert len(result.stages) > 4
+    assert compiled_programs() == before
+
+
+@pytest.mark.parametrize("solver", [GaussNewton(), LBFGS()], ids=repr)
+def test_compile_seconds_are_apart(data, solver):
+    jax.clear_caches()
+    cold = fit_subset(Net(), data, solver=solver, max_steps=2, **QUIET)
+    warm = fit_subset(Net(), data, solver=solver, max_steps=2, **QUIET)
+    assert cold.compile_seconds > warm.compile_seconds
+    assert cold.seconds > 0
