@@ -2,7 +2,7 @@
 
     make demo                                      digits, about a minute on 2 cores
     python -m experiments.demo --dataset mnist     28x28, 60,000 examples, about 30 minutes
-    python -m experiments.demo --dataset cifar10   32x32, 20,000 examples, about 30 minutes
+    python -m experiments.demo --dataset cifar10   32x32, 50,000 examples, about 30 minutes
 
 Prints a table, writes the record and a figure (PDF, PNG) and says where. Each method is a part of its own: a run that
 is interrupted goes on with the first unfinished part. `--only method=adam` runs one part.
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from experiments import records
 from experiments.data import load
-from experiments.models import MODELS
+from experiments.models import FAMILY
 from experiments.runs import Arrays, Price, adam, count, fit_curve, gradient_flops, loss_and_accuracy, tuned_adam
 from paper_figures import demo as figure
 from subsetopt import LBFGS, GaussNewton, Progress, fit_subset, overdetermination_ratio
@@ -29,24 +29,26 @@ from subsetopt import LBFGS, GaussNewton, Progress, fit_subset, overdeterminatio
 SOLVERS = {"gauss_newton": GaussNewton(), "lbfgs": LBFGS()}
 METHODS = (*SOLVERS, "adam")
 NAMES = {"gauss_newton": "Gauss-Newton", "lbfgs": "L-BFGS"}
-RATES = (1e-3, 3e-3, 1e-2, 2e-2)
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+SMALL = (5e-3, 1e-2, 2e-2, 5e-2)  # few steps an epoch want larger rates
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A data set's model, size, Adam budgets (epochs: rates tried) and epochs of fine-tuning."""
+    """A data set's model, Adam's budgets (epochs: rates tried, none: the best rate of the budget before), epochs of
+    fine-tuning and, where the default would take hours, the L-BFGS steps."""
 
     model: str
-    examples: int | None
     budgets: dict[int, tuple[float, ...]]
     finetune_epochs: int
     finetune_rate: float = 1e-3
+    lbfgs_steps: int | None = None
 
 
 SETTINGS = {
-    "digits": Setting("digits", None, {10: RATES, 30: RATES, 100: RATES}, 5),
-    "mnist": Setting("mnist", None, {3: RATES, 10: RATES, 30: RATES, 60: (3e-3, 1e-2)}, 3),
-    "cifar10": Setting("cifar10", 20_000, {3: RATES, 10: RATES, 30: RATES, 100: (3e-3, 1e-2)}, 3),
+    "digits": Setting("digits", {10: SMALL, 30: SMALL, 100: SMALL}, 5),
+    "mnist": Setting("mnist28", {3: RATES, 10: RATES, 30: RATES, 60: ()}, 3, lbfgs_steps=200),
+    "cifar10": Setting("cifar32-4k", {3: RATES, 10: RATES, 30: RATES, 100: ()}, 3, lbfgs_steps=200),
 }
 
 
@@ -105,7 +107,7 @@ class Job:
         self.arguments, self.setting = arguments, SETTINGS[arguments.dataset]
         self.name = arguments.dataset + ("-smoke" if arguments.smoke else "")
         self.parts = arguments.out / "parts" / f"{self.name}-seed{arguments.seed}"
-        self.model = MODELS[self.setting.model]
+        self.model = FAMILY[self.setting.model].model
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -148,9 +150,9 @@ class Job:
         """The data, once."""
         if hasattr(self, "train"):
             return
-        n = 600 if self.arguments.smoke else self.setting.examples
+        n = 300 if self.arguments.smoke else None
         self.train: Arrays = _first(load(self.arguments.dataset, "train"), n)
-        self.test: Arrays = _first(load(self.arguments.dataset, "test"), 300 if self.arguments.smoke else None)
+        self.test: Arrays = _first(load(self.arguments.dataset, "test"), n)
         shape = self.train[0].shape[1:]
         self.price = Price(len(self.train[0]), gradient_flops(self.model, shape))
 
@@ -163,12 +165,10 @@ class Job:
                 snapshots[progress.step] = progress.params
 
         say(f"{self.name}: {NAMES[method]} on growing subsets")
-        steps = 6 if self.arguments.smoke else None
-        checkpoint = (self.parts / f"{method}-fit").absolute()
+        steps = 6 if self.arguments.smoke else self.setting.lbfgs_steps if method == "lbfgs" else None
         fit = fit_subset(
-            self.model, self.train, solver=solver, seed=self.arguments.seed, max_steps=steps, callback=keep,
-            checkpoint=None if self.arguments.smoke else checkpoint,
-        )  # fmt: skip
+            self.model, self.train, solver=solver, seed=self.arguments.seed, max_steps=steps, callback=keep
+        )
         print(fit)
         snapshots[fit.n_steps] = fit.params
         curve = fit_curve(self.model, fit, snapshots, self.train, self.price, solver)
@@ -204,7 +204,7 @@ class Job:
     def run_adam(self) -> dict[str, Any]:
         """Adam, tuned at each budget, with the same seed and so the same start."""
         say(f"{self.name}: Adam, its rate tuned at each budget")
-        budgets = {2: (1e-2,)} if self.arguments.smoke else self.setting.budgets
+        budgets: dict[int, tuple[float, ...]] = {2: (1e-2,)} if self.arguments.smoke else self.setting.budgets
         curve = tuned_adam(self.model, self.train, self.test, budgets, self.price, self.arguments.seed, say)
         best = min(range(len(curve["full_loss"])), key=curve["full_loss"].__getitem__)
         final = {key: curve[key][best] for key in ("test_loss", "test_accuracy", "flops", "seconds", "rate")}
@@ -256,7 +256,9 @@ def say(text: str) -> None:
 def print_table(record: dict[str, Any]) -> None:
     """What each method reached, at what cost; the best run of each Adam budget."""
     config = record["config"]
-    title = f"{config['dataset']}: {config['examples']:,} examples, P = {config['parameters']:,}, Q = {config['ratio']:.3g}"
+    title = (
+        f"{config['dataset']}: {config['examples']:,} examples, P = {config['parameters']:,}, Q = {config['ratio']:.3g}"
+    )
     table = Table(title=title, title_justify="left")
     for heading in ("method", "train loss", "test accuracy", "cost (epochs)", "TFLOP", "seconds", "status"):
         table.add_column(heading, justify="left" if heading in ("method", "status") else "right")

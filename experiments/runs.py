@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,21 +89,25 @@ def tuned_adam(
 ) -> dict[str, list]:
     """Adam at several budgets (epochs), each with a cosine decay to zero of its own, at each of its rates.
 
-    One row a run; the best of a budget is what the method is compared with.
+    A budget without rates takes the best one of the budget before. One row a run; the best run of a budget is what
+    the method is compared with.
     """
-    rows = []
+    rows, best_rate = [], math.nan
     for epochs, rates in budgets.items():
-        for rate in rates:
+        for rate in rates or (best_rate,):
             result = adam(model, train, None, rate, epochs, seed)
             loss, accuracy = loss_and_accuracy(model, result.params, test)
             cost = price.of(result.sample_grads, result.seconds)
             row = {"budget_epochs": epochs, "rate": rate, "full_loss": result.loss, "test_loss": loss}
             rows.append(row | {"test_accuracy": accuracy, "flops": cost["flops"], "seconds": cost["seconds"]})
+            best_rate = min((r["full_loss"], r["rate"]) for r in rows if r["budget_epochs"] == epochs)[1]
             say(f"Adam, {epochs} epochs at {rate:g}: loss {result.loss:.4g}, test accuracy {accuracy:.4f}")
     return columns(rows)
 
 
-def adam(model: nn.Module, train: Arrays, params: Any, rate: float, epochs: int, seed: int, **options: Any) -> FinetuneResult:
+def adam(
+    model: nn.Module, train: Arrays, params: Any, rate: float, epochs: int, seed: int, **options: Any
+) -> FinetuneResult:
     """Adam on mini-batches of 128, cosine decay from `rate` to zero over all steps."""
     steps = epochs * -(-len(train[0]) // 128)
     schedule = optax.cosine_decay_schedule(rate, steps)
