@@ -34,7 +34,7 @@ def write(record: dict, results: Path = RESULTS) -> Path:
         _check_curve(name, curve)
     path = _path(record["experiment"], record["name"], results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".tmp-{path.stem}-{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         print(_dumps(record), file=file, flush=True)
         os.fsync(file.fileno())

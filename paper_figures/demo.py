@@ -155,10 +155,7 @@ def setting(record: dict) -> str:
     """Data, model, and test accuracies: what the reader must know to judge the curves."""
     config, final = record["config"], record["final"]
     names = METHODS | {"adam": "Adam"}
-    accuracies = [
-        f"{name} {100 * final[key]['test_accuracy']:.1f} %" for key, name in names.items()
-    ]
-    return (
-        f"{config['dataset']}: {config['examples']:,} training examples, {config['parameters']:,} "
-        f"parameters. Final test accuracy: {', '.join(accuracies)}"
-    )
+    accuracies = {name: 100 * final[key]["test_accuracy"] for key, name in names.items()}
+    ends = ", ".join(f"{name} {percent:.1f} %" for name, percent in accuracies.items())
+    size = f"{config['examples']:,} training examples, {config['parameters']:,} parameters"
+    return f"{config['dataset']}: {size}. Final test accuracy: {ends}"

@@ -25,12 +25,7 @@ def _compiled(kernel: Kernel, devices: tuple[Any, ...]) -> Callable:
     if len(devices) == 1:
         return jax.jit(kernel, static_argnums=0, donate_argnums=1)
     return jax.pmap(
-        kernel,
-        AXIS,
-        in_axes=(None, 0, None, 0),
-        static_broadcasted_argnums=0,
-        donate_argnums=1,
-        devices=devices,
+        kernel, AXIS, in_axes=(None, 0, None, 0), static_broadcasted_argnums=0, donate_argnums=1, devices=devices
     )
 
 
@@ -69,7 +64,6 @@ class Devices:
             sums = _psum(self.devices)(sums)
         lead = 1 if len(self.devices) == 1 else 2
         gathered = jax.tree.map(
-            lambda *parts: np.concatenate([np.asarray(p).reshape(-1, *p.shape[lead:]) for p in parts])[:length],
-            *each,
+            lambda *parts: np.concatenate([np.asarray(p).reshape(-1, *p.shape[lead:]) for p in parts])[:length], *each
         )
         return sums, gathered

@@ -123,19 +123,8 @@ class _Run:
     """One fine-tuning run: what changes from epoch to epoch, and the loop over epochs."""
 
     def __init__(self, problem, w, optimizer, trainable, batch_size, seed, held_out):
-        self.problem, self.optimizer, self.batch_size, self.seed = (
-            problem,
-            optimizer,
-            batch_size,
-            seed,
-        )
-        self.held_out, self.status, self.epoch, self.steps, self.cost = (
-            held_out,
-            Status.RUNNING,
-            0,
-            0,
-            0.0,
-        )
+        self.problem, self.optimizer, self.batch_size, self.seed = (problem, optimizer, batch_size, seed)
+        self.held_out, self.status, self.epoch, self.steps, self.cost = (held_out, Status.RUNNING, 0, 0, 0.0)
         params = problem.objective.model.unflatten(w, problem.constants)
         self.mask = None if trainable is None else mask_tree(params, trainable)
         self.params, self.opt_state = params, optimizer.init(params)
@@ -196,16 +185,7 @@ class _Run:
             column.append(value)
         p = self.problem
         return Progress(
-            -1,
-            p.count,
-            p.ratio,
-            self.steps,
-            loss,
-            validation_loss,
-            math.nan,
-            self.cost,
-            row[-1],
-            self.params,
+            -1, p.count, p.ratio, self.steps, loss, validation_loss, math.nan, self.cost, row[-1], self.params
         )
 
     # --- begin and end ---------------------------------------------------------------------------------------------
@@ -217,11 +197,7 @@ class _Run:
         keys = ("epoch", "steps", "cost", "best_epoch", "history")
         content = {key: getattr(self, key) for key in keys}
         best = self.best_loss if math.isfinite(self.best_loss) else None
-        return content | {
-            "best_loss": best,
-            "seconds": self.watch.seconds,
-            "compile": self.watch.compile_seconds,
-        }
+        return content | {"best_loss": best, "seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
 
     def resume(self, saver: Checkpoint) -> None:
         saved = saver.load(self.tree())
@@ -265,15 +241,7 @@ def descend(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _descend(
-    objective: Objective,
-    optimizer: Any,
-    params: Params,
-    opt_state: Any,
-    mask: Any,
-    state: Any,
-    block: Any,
-):
+def _descend(objective: Objective, optimizer: Any, params: Params, opt_state: Any, mask: Any, state: Any, block: Any):
     x, y, weights = block
 
     def mean(params: Params) -> Array:

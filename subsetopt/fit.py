@@ -21,34 +21,11 @@ from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Solver, State, Status, evaluated
 from subsetopt.timing import Stopwatch
 
-PROBE_EXAMPLES, PROBE_SHARE = (
-    1000,
-    0.1,
-)  # the probe: 1,000 examples, but at most a tenth of the training set
+PROBE_EXAMPLES, PROBE_SHARE = (1000, 0.1)  # the probe: 1,000 examples, but at most a tenth of the training set
 REPRESENTATIVE = 0.005  # a stage goes on while the probe's loss falls by 0.5 % from check to check
 
-_STAGE = (
-    "examples",
-    "ratio",
-    "status",
-    "steps",
-    "evals",
-    "sample_grads",
-    "loss",
-    "probe_loss",
-    "seconds",
-)
-_HISTORY = (
-    "stage",
-    "examples",
-    "ratio",
-    "step",
-    "loss",
-    "probe_loss",
-    "grad_norm",
-    "sample_grads",
-    "seconds",
-)
+_STAGE = ("examples", "ratio", "status", "steps", "evals", "sample_grads", "loss", "probe_loss", "seconds")
+_HISTORY = ("stage", "examples", "ratio", "step", "loss", "probe_loss", "grad_norm", "sample_grads", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,13 +179,7 @@ class _Fit:
         self.probe = Sample(indices, np.full(probe, 1 / max(probe, 1))) if probe and self.sizes[0] < n else None
         self.pool = self.order[: n - probe]
         # Where the fit stands; all of it is in a checkpoint.
-        self.stage, self.n_steps, self.stage_steps, self.probe_cost, self.status = (
-            0,
-            0,
-            0,
-            0.0,
-            Status.RUNNING,
-        )
+        self.stage, self.n_steps, self.stage_steps, self.probe_cost, self.status = (0, 0, 0, 0.0, Status.RUNNING)
         self.history: dict[str, list] = {key: [] for key in _HISTORY}
         self.stages: list[dict[str, Any]] = []
         self.best_probe, self.last_check = math.inf, math.inf
@@ -257,12 +228,7 @@ class _Fit:
         if resumed:
             return
         self.state = self.state.replace(known=False, status=Status.RUNNING)
-        self.stage_steps, self.best_probe, self.last_check, self.best_w = (
-            0,
-            math.inf,
-            math.inf,
-            self.state.w,
-        )
+        self.stage_steps, self.best_probe, self.last_check, self.best_w = (0, math.inf, math.inf, self.state.w)
         self.stage_begin = (self._cost(), self.state.evals, self.watch.seconds)
 
     def _subset(self) -> Problem:
@@ -336,7 +302,7 @@ class _Fit:
     # --- the record ------------------------------------------------------------------------------------------------
 
     def _record(self) -> Progress:
-        probe = self._probe_loss()
+        probe = None if self.stage_steps % self.solver.check_every else self._probe_loss()
         evaluation = self.state.evaluation
         norm = float(np.linalg.norm(np.asarray(evaluation.grad)))
         row = (
@@ -348,31 +314,22 @@ class _Fit:
         return Progress(*row, params=self._params(self.state.w))
 
     def _probe_loss(self) -> float | None:
-        """The probe's loss where it is looked at; None between checks and once the probe is part of the subset."""
-        watched = self.probe is not None and self._probe_is_outside()
-        if not watched or self.stage_steps % self.solver.check_every:
+        """The probe's loss; None once the probe is part of the subset."""
+        if self.probe is None or not self._probe_is_outside():
             return None
-        assert self.probe is not None
         self.probe_cost += LOSS * len(self.probe.indices)
         return float(self.probe.weights @ self.problem.losses(self.state.w, self.probe))
 
     def _close_stage(self, status: Status) -> None:
         cost, evals, seconds = self.stage_begin
-        probes = [p for p, s in zip(self.history["probe_loss"], self.history["stage"], strict=True) if s == self.stage]
+        looked = self.stage_steps > 0 and not self.stage_steps % self.solver.check_every
+        if looked or status == Status.STOPPED:  # a stop costs nothing: the run may be resumed
+            probe = self.history["probe_loss"][-1] if looked else None
+        else:
+            probe = self._probe_loss()
         row = (
-            *(
-                self.problem.count,
-                self.problem.ratio,
-                status.name,
-                self.stage_steps,
-                self.state.evals - evals,
-            ),
-            *(
-                self._cost() - cost,
-                self._loss(),
-                probes[-1] if probes else None,
-                self.watch.seconds - seconds,
-            ),
+            *(self.problem.count, self.problem.ratio, status.name, self.stage_steps, self.state.evals - evals),
+            *(self._cost() - cost, self._loss(), probe, self.watch.seconds - seconds),
         )
         self.stages.append(dict(zip(_STAGE, row, strict=True)))
 
@@ -398,13 +355,7 @@ class _Fit:
             )
         return FitResult(
             *(self._params(self.state.w), self._loss(), norm, self.status, message),
-            *(
-                self.n_steps,
-                self.state.evals,
-                self._cost(),
-                self.watch.seconds,
-                self.watch.compile_seconds,
-            ),
+            *(self.n_steps, self.state.evals, self._cost(), self.watch.seconds, self.watch.compile_seconds),
             *(self.order, self.stages, self.history),
         )
 
@@ -433,5 +384,7 @@ class _Fit:
         status = Status(content["status"])
         unfinished = status in (Status.STOPPED, Status.MAX_STEPS) and self.n_steps < self.max_steps
         self.status = Status.RUNNING if unfinished else status
+        if unfinished and len(self.stages) > self.stage:
+            self.stages.pop()  # of the stage that goes on
         self.watch = Stopwatch(content["seconds"], content["compile"])
         return True

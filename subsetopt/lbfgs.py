@@ -144,10 +144,7 @@ class LBFGS:
             return state
         w, evaluation = best
         memory = _remember(
-            state.memory,
-            w - state.w,
-            evaluation.grad - before.grad,
-            problem.dtype.type(self.pair_threshold),
+            state.memory, w - state.w, evaluation.grad - before.grad, problem.dtype.type(self.pair_threshold)
         )
         return moved(problem, state, w, evaluation).replace(memory=memory)
 

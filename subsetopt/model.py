@@ -30,6 +30,12 @@ class _Linen:
     def __call__(self, params: Params, state: Any, x: Array) -> Array:
         return self.module.apply({"params": params}, x)
 
+    def __hash__(self) -> int:
+        try:
+            return hash(self.module)
+        except TypeError:  # a module with a list in it, as nn.Sequential: still found again by being equal
+            return hash(type(self.module))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Nnx:
@@ -119,8 +125,8 @@ def _adapt(model: Any, params: Params | None, x: Any, seed: int) -> tuple[Callab
 
 
 @functools.partial(jax.jit, static_argnums=0)  # of the module, not its method: equal modules compile once
-def _init(module: Any, key: Array, x: Array) -> Params:
-    return module.init(key, x)
+def _init(linen: _Linen, key: Array, x: Array) -> Params:
+    return linen.module.init(key, x)
 
 
 def _linen_params(module: Any, params: Params | None, x: Any, seed: int) -> Params:
@@ -128,6 +134,6 @@ def _linen_params(module: Any, params: Params | None, x: Any, seed: int) -> Para
     expected = jax.eval_shape(module.init, key, first)
     checks.only_params(expected)
     if params is None:
-        return _init(module, key, first)["params"]
+        return _init(_Linen(module), key, first)["params"]
     checks.same_tree(params, expected["params"], "module.init(key, x)['params']")
     return params

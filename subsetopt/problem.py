@@ -210,15 +210,7 @@ class Problem:
         positions, weights = (np.asarray(a) for a in _draw(key, padded, np.int32(self.count), n))
         return positions, Sample(self.subset[positions], weights)
 
-    def _reduce(
-        self,
-        kernel: Kernel,
-        zeros: Any,
-        shared: Any,
-        sample: Sample,
-        *extra: np.ndarray,
-        size: int = 0,
-    ):
+    def _reduce(self, kernel: Kernel, zeros: Any, shared: Any, sample: Sample, *extra: np.ndarray, size: int = 0):
         size, n = size or self.block_size, len(sample.indices)
         sums, each = self.devices.start(zeros), []
         for start in range(0, n, size):
@@ -267,18 +259,7 @@ def make_problem(
     size = own.block_size(block_size)
     x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
     problem = Problem(
-        objective,
-        constants,
-        x,
-        y,
-        np.arange(len(x)),
-        own,
-        size,
-        w.size,
-        outputs,
-        np.dtype(w.dtype),
-        seed,
-        float(l2),
+        objective, constants, x, y, np.arange(len(x)), own, size, w.size, outputs, np.dtype(w.dtype), seed, float(l2)
     )
     _check_deterministic(problem, w)
     return problem, w

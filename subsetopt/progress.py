@@ -20,20 +20,9 @@ class Bar:
         if self.show and sys.stderr.isatty():
             # Imported here: rich is for people, a silent fit does without it.
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (
-                TextColumn(self.title),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
+            columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._rich = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
             self._task = self._rich.add_task("", total=self.total, text="")
             self._rich.start()
@@ -50,17 +39,8 @@ class Bar:
         self.spoken = time.perf_counter()
         rate = done / (self.spoken - self.begun)
         left = f", at most {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
-        print(
-            f"{self.title}: {done}/{self.total} {text} ({rate:.2g} a second{left})",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{self.title}: {done}/{self.total} {text} ({rate:.2g} a second{left})", file=sys.stderr, flush=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if self._rich is not None:
             self._rich.stop()

@@ -20,10 +20,7 @@ class Stopwatch:
     """Seconds since its making (plus `before`, of an interrupted run), and those in which JAX traced and compiled."""
 
     def __init__(self, before: float = 0.0, compiled_before: float = 0.0):
-        self._start, self._compiled = (
-            time.perf_counter() - before,
-            _compiling["seconds"] - compiled_before,
-        )
+        self._start, self._compiled = (time.perf_counter() - before, _compiling["seconds"] - compiled_before)
 
     @property
     def compile_seconds(self) -> float:

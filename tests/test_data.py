@@ -62,14 +62,9 @@ def tiny_builder():
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = {
-                "image": tfds.features.Image(shape=(4, 4, 1)),
-                "label": tfds.features.ClassLabel(num_classes=3),
-            }
+            features = {"image": tfds.features.Image(shape=(4, 4, 1)), "label": tfds.features.ClassLabel(num_classes=3)}
             return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label"),
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
             )
 
         def _split_generators(self, dl_manager):
@@ -462,12 +457,7 @@ def test_the_real_set_loads_complete(name, shape, sizes):
     classes = 100 if name == "cifar100" else 10
     for split, size in zip(("train", "test"), sizes, strict=True):
         x, y = load_real_test_split(name) if split == "test" else data.load(name, split)
-        assert (x.shape, x.dtype, y.shape, y.dtype) == (
-            (size, *shape),
-            np.float32,
-            (size,),
-            np.int32,
-        )
+        assert (x.shape, x.dtype, y.shape, y.dtype) == ((size, *shape), np.float32, (size,), np.int32)
         assert (x.min(), x.max()) == (0, 1)
         assert (x.reshape(size, -1).max(axis=1) > 0).all()
         count = np.bincount(y, minlength=classes)

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from paper_figures import demo, style
 from paper_figures.__main__ import FIGURES, main
 
+Capture = pytest.CaptureFixture[str]
+
 
 def falling(costs: list[float], start: float, end: float) -> list[float]:
     """Losses falling geometrically from start to end."""
@@ -31,9 +33,7 @@ def subset_curve(steps: int, end: float) -> dict[str, list]:
         "ratio": [1.5 * (s + 1) for s in stage],
         "stage": stage,
         "subset_loss": [0.5 * value for value in loss],
-        "probe_loss": [
-            1.2 * value if s < stage[-1] else None for s, value in zip(stage, loss, strict=True)
-        ],
+        "probe_loss": [1.2 * loss[i] if stage[i] < stage[-1] else None for i in range(steps)],
         "full_loss": [value if i % 2 else None for i, value in enumerate(loss)],
     }
 
@@ -166,9 +166,7 @@ def test_missing_losses_leave_no_point():
     assert demo.points(curve, "loss") == [(2.0, 0.5)]
 
 
-def test_command_draws_all_figures_and_says_where(
-    record: dict, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_command_draws_all_figures_and_says_where(record: dict, tmp_path: Path, capsys: Capture):
     folder = tmp_path / "results" / "demo"
     folder.mkdir(parents=True)
     (folder / "digits.json").write_text(json.dumps(record))
@@ -180,9 +178,7 @@ def test_command_draws_all_figures_and_says_where(
 
 
 @pytest.mark.parametrize("figure", sorted(FIGURES))
-def test_command_without_results_says_how_to_make_them(
-    figure: str, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_command_says_how_to_make_missing_results(figure: str, tmp_path: Path, capsys: Capture):
     assert main([figure, "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert f"python -m experiments.{figure}" in capsys.readouterr().out
 

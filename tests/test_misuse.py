@@ -131,14 +131,8 @@ DATA: Mistakes = {
     "one-hot rows of integers": ({"data": (X, ONE_HOT.astype(int))}, "y", "int", "float32"),
     "one-hot rows of float64": ({"data": (X, ONE_HOT.astype(float))}, "y", "float64", "float32"),
     "rows that do not sum to 1": ({"data": (X, 2 * ONE_HOT)}, "y", "2", "normalise"),
-    "negative probabilities": (
-        {"data": (X, changed(ONE_HOT, 0, [2, -1, 0]))},
-        *("y", "-1", "normalise"),
-    ),
-    "a class too many": (
-        {"data": (X, np.eye(4, dtype="float32")[Y])},
-        *("y", "(20, 4)", "match the model's 3"),
-    ),
+    "negative probabilities": ({"data": (X, changed(ONE_HOT, 0, [2, -1, 0]))}, *("y", "-1", "normalise")),
+    "a class too many": ({"data": (X, np.eye(4, dtype="float32")[Y])}, *("y", "(20, 4)", "match the model's 3")),
     "regression targets of another width": (
         {"data": (X, ONE_HOT[:, :2]), "loss": "squared_error"},
         *("y", "(20, 2)", "reshape"),
@@ -164,20 +158,11 @@ MODEL: Mistakes = {
         *("model", "batch_stats", "frozen"),
     ),
     "dropout in a linen module": ({"model": WithDropout(), "params": None}, "model", "rng", "dropout"),
-    "a module without parameters": (
-        {"model": nn.Sequential([nn.relu]), "params": None},
-        *("model", "none", "layer"),
-    ),
+    "a module without parameters": ({"model": nn.Sequential([nn.relu]), "params": None}, *("model", "none", "layer")),
     "features as outputs": ({"model": lambda p, x: (x @ p, x)}, "model", "tuple", "logits only"),
     "a mean over the batch": ({"model": lambda p, x: (x @ p).mean(0)}, "model", "(3,)", "leading"),
-    "one output without an axis": (
-        {"model": lambda p, x: x @ p[:, 0]},
-        *("model", "(2,)", "axis"),
-    ),
-    "outputs in half precision": (
-        {"model": lambda p, x: (x @ p).astype("bfloat16")},
-        *("model", "bfloat16", "cast"),
-    ),
+    "one output without an axis": ({"model": lambda p, x: x @ p[:, 0]}, *("model", "(2,)", "axis")),
+    "outputs in half precision": ({"model": lambda p, x: (x @ p).astype("bfloat16")}, *("model", "bfloat16", "cast")),
     "dropout": ({"model": dropout}, "loss", "difference", "dropout"),
     "statistics of the batch": ({"model": batch_normalized}, "loss", "difference", "freeze batch"),
     "NaN in params": ({"params": changed(W, (0, 0), np.nan)}, "params", "NaN", "start from other"),
@@ -192,10 +177,7 @@ MODEL: Mistakes = {
     "params of integers": ({"params": np.ones((D, M), int)}, "params", "int64", "float32"),
     "empty params": ({"params": {}}, "params", "empty", "pass the model's"),
     "params as text": ({"params": "model.npz"}, "params", "<U9", "float32"),
-    "all variables as params": (
-        {"model": DENSE, "params": DENSE_VARIABLES},
-        *("params", "nothing", r"\['params'\]"),
-    ),
+    "all variables as params": ({"model": DENSE, "params": DENSE_VARIABLES}, *("params", "nothing", r"\['params'\]")),
     "params of another module": (
         {"model": nn.Dense(M + 1), "params": DENSE_PARAMS},
         *("params", "(3,)", r"\['params'\]"),
@@ -276,17 +258,11 @@ TUNE: Mistakes = {
     "no patience": ({"patience": 0, "validation": (X, Y)}, "patience", "0", "patience=1"),
     "validation x alone": ({"validation": X}, "validation", "shape (20, 4)", "images, labels"),
     "validation of other width": ({"validation": (X[:, :2], Y)}, "validation", "(20, 2)", "alike"),
-    "validation of other dtype": (
-        {"validation": (X.astype(float), Y)},
-        *("validation", "float64", "alike"),
-    ),
+    "validation of other dtype": ({"validation": (X.astype(float), Y)}, *("validation", "float64", "alike")),
     "validation of other targets": ({"validation": (X, ONE_HOT)}, "validation", "(20, 3)", "alike"),
     "empty validation": ({"validation": (X[:0], Y[:0])}, "validation", "(0, 4)", "pass the"),
     "fewer validation labels": ({"validation": (X, Y[1:])}, "validation", "20 and 19", "drop or add"),
-    "NaN in validation": (
-        {"validation": (changed(X, 2, np.nan), Y)},
-        *("validation", "row 2", "remove or impute"),
-    ),
+    "NaN in validation": ({"validation": (changed(X, 2, np.nan), Y)}, *("validation", "row 2", "remove or impute")),
     "validation labels from 1": ({"validation": (X, Y + 1)}, "validation", "1 to 3", "renumber"),
 }
 

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import records
 
+Patch = pytest.MonkeyPatch
 CURVES = {
     "gauss_newton": {
         "sample_grads": [1797.0, 3594.0],
@@ -98,7 +99,7 @@ def test_refused_record_leaves_the_old_one_and_nothing_else(record: dict, tmp_pa
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_interrupted_writing_leaves_the_old_record_whole(record: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_writing_keeps_the_old_record(record: dict, tmp_path: Path, monkeypatch: Patch):
     path = records.write(record, tmp_path)
 
     def interrupt(_: int):
@@ -127,7 +128,7 @@ def test_environment_tells_versions_and_device_but_no_machine(record: dict):
     assert list(found) == keys.split()
 
 
-def test_missing_git_leaves_the_commit_open(monkeypatch: pytest.MonkeyPatch):
+def test_missing_git_leaves_the_commit_open(monkeypatch: Patch):
     def missing(*_: object, **__: object):
         raise FileNotFoundError("git")
 
@@ -136,7 +137,7 @@ def test_missing_git_leaves_the_commit_open(monkeypatch: pytest.MonkeyPatch):
     assert (found["git_commit"], found["git_dirty"]) == (None, None)
 
 
-def test_new_results_alone_do_not_make_the_code_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_new_results_alone_do_not_make_the_code_dirty(tmp_path: Path, monkeypatch: Patch):
     package = tmp_path / "experiments"
     (package / "results").mkdir(parents=True)
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)

@@ -1,0 +1,294 @@
+"""Kernels against dense matrices, solvers against scipy and NumPy, and what may change no result; in float64."""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from problems import Example, least_squares, problems, pseudo_huber
+
+from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Status, fit_subset
+from subsetopt.gauss_newton import conjugate_gradient
+from subsetopt.losses import resolve
+from subsetopt.problem import Problem, Sample, make_problem
+
+EXAMPLES = {example.name: example for example in problems(np.float64)}
+HUBER, MLP, CNN = (EXAMPLES[name] for name in ("Huber regression", "MLP", "CNN"))
+WHOLE = Growth(start=1e9)  # a first ratio that no set reaches: one stage, the whole set
+CLASSICAL = GaussNewton(curvature_ratio=None)
+QUADRATICS = [1e2, 1e4, 1e6]
+
+every_example = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def fit(example: Example, solver: Any, max_steps: int, **options: Any) -> FitResult:
+    options = {"l2": example.l2, "loss": example.loss, "growth": WHOLE} | options
+    data = example.x, example.y
+    return fit_subset(
+        example.apply,
+        data,
+        example.params,
+        solver=solver,
+        max_steps=max_steps,
+        until="converged",
+        warmup_epochs=0,
+        progress=False,
+        **options,
+    )
+
+
+# --- kernels against dense matrices --------------------------------------------------------------------------------
+
+
+def away_from_start(example: Example) -> tuple[Problem, Array, Any]:
+    """The problem in blocks of 16, a random point, and what makes parameters of it."""
+    problem, _ = make_problem(
+        example.apply, (example.x, example.y), example.params, loss=example.loss, l2=example.l2, block_size=16
+    )
+    w, unravel = ravel_pytree(example.params)
+    return problem, w + 0.3 * jax.random.normal(jax.random.key(0), w.shape, w.dtype), unravel
+
+
+def repeated_sample(problem: Problem) -> Sample:
+    """Weighted examples, some of them several times."""
+    rng = np.random.default_rng(0)
+    return Sample(rng.integers(0, problem.count, 37), rng.uniform(0.1, 1, 37))
+
+
+def dense_curvature(example: Example, w: Array, unravel: Any, sample: Sample) -> np.ndarray:
+    """Sum_i weight_i J_i' H_i J_i, by jax.jacobian and jax.hessian of one example at a time."""
+    x, y = jnp.asarray(example.x[sample.indices]), jnp.asarray(example.y[sample.indices])
+    values = resolve(example.loss).values
+    outputs = example.apply(unravel(w), x)
+    jacobians = jax.jacobian(lambda w: example.apply(unravel(w), x))(w)
+    hessians = jax.vmap(jax.hessian(lambda f, y: values(f[None], y[None])[0]))(outputs, y)
+    return np.einsum("n,nip,nij,njq->pq", sample.weights, jacobians, hessians, jacobians, optimize=True)
+
+
+def symmetric(lower: Array) -> np.ndarray:
+    lower = np.tril(lower)
+    return lower + np.tril(lower, -1).T
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@every_example
+def test_loss_and_gradient_are_those_of_the_plain_mean(example: Example):
+    problem, w, unravel = away_from_start(example)
+
+    def mean(w: Array) -> Array:
+        losses = resolve(example.loss).values(example.apply(unravel(w), jnp.asarray(example.x)), jnp.asarray(example.y))
+        return jnp.mean(losses) + example.l2 / 2 * jnp.vdot(w, w)
+
+    value, grad = jax.value_and_grad(mean)(w)
+    found = problem.evaluate(w)
+    assert found.value == pytest.approx(float(value), rel=1e-12)
+    assert relative_error(found.grad, grad) < 1e-12
+
+
+@every_example
+def test_gauss_newton_product_is_that_of_the_dense_matrix(example: Example):
+    problem, w, unravel = away_from_start(example)
+    sample = repeated_sample(problem)
+    v = jax.random.normal(jax.random.key(1), w.shape, w.dtype)
+    expected = dense_curvature(example, w, unravel, sample) @ v + example.l2 * v
+    assert relative_error(problem.product(w, v, sample), expected) < 1e-10
+
+
+@every_example
+def test_gram_of_all_unit_vectors_is_the_dense_matrix(example: Example):
+    problem, w, unravel = away_from_start(example)
+    sample = repeated_sample(problem)
+    every_row = Sample(*(np.repeat(a, problem.outputs) for a in sample))
+    units = np.tile(np.eye(problem.outputs), (len(sample.indices), 1))
+    found = symmetric(problem.gram(w, every_row, units))
+    assert relative_error(found, dense_curvature(example, w, unravel, sample)) < 1e-10
+
+
+@pytest.mark.parametrize("example", [HUBER, MLP, CNN], ids=lambda example: example.name)
+def test_rows_with_random_signs_average_to_the_dense_matrix(example: Example):
+    problem, w, unravel = away_from_start(example)
+    few = Sample(np.arange(8), np.full(8, 1 / 8))
+    expected = dense_curvature(example, w, unravel, few)
+
+    def error(draws: int) -> float:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (8 * draws, problem.outputs))
+        repeated = Sample(np.tile(few.indices, draws), np.tile(few.weights / draws, draws))
+        return relative_error(symmetric(problem.gram(w, repeated, signs)), expected)
+
+    # 64 times as many draws: an eighth of the error.
+    assert error(1024) < min(0.1, error(16) / 4)
+
+
+def test_drawing_by_uncertainty_is_unbiased_and_repeats_no_example_too_often():
+    problem, w, _ = away_from_start(MLP)
+    subset = problem.on(np.arange(150, 190))
+    uncertainty = subset.evaluate(w).uncertainty
+    share = 0.1 / 40 + 0.9 * uncertainty / uncertainty.sum()
+    total = np.zeros(200)
+    for key in jax.random.split(jax.random.key(0), 200):
+        positions, sample = subset.draw(key, uncertainty, 100)
+        np.testing.assert_array_equal(sample.indices, subset.subset[positions])
+        assert np.all(np.bincount(positions, minlength=40) <= np.ceil(100 * share))
+        total += np.bincount(sample.indices, sample.weights, minlength=200) / 200
+    np.testing.assert_allclose(total[150:190], 1 / 40, rtol=0.1)
+    assert not total[:150].any()
+    assert not total[190:].any()
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 30])
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        ("softmax_cross_entropy", "labels"),
+        ("softmax_cross_entropy", "probabilities"),
+        ("squared_error", "probabilities"),
+        (pseudo_huber, "labels"),
+    ],
+)
+def test_root_times_its_transpose_is_the_output_hessian(loss: Any, targets: str, scale: float):
+    rng = np.random.default_rng(0)
+    n, m = 12, 5
+    f = jnp.asarray(scale * rng.normal(size=(n, m)))
+    y = rng.integers(0, m, n) if targets == "labels" else rng.dirichlet(np.ones(m), n)
+    y, kernels = jnp.asarray(y), resolve(loss)
+
+    def columns(product: Any) -> np.ndarray:
+        units = [jnp.tile(unit, (n, 1)) for unit in jnp.eye(m)]
+        return np.stack([product(f, y, unit) for unit in units], axis=2)
+
+    expected = jax.vmap(jax.hessian(lambda f, y: kernels.values(f[None], y[None])[0]))(f, y)
+    b = columns(kernels.root)
+    np.testing.assert_allclose(b @ b.transpose(0, 2, 1), expected, atol=1e-14)
+    np.testing.assert_allclose(columns(kernels.hessian), expected, atol=1e-14)
+    trace = np.trace(expected, axis1=1, axis2=2)
+    np.testing.assert_allclose(kernels.uncertainty(f, y), np.sqrt(np.maximum(trace, 0)), atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", [1, 1e-3, 1e-6])
+def test_conjugate_gradients_reach_their_tolerance_in_float32_at_any_scale(norm: float):
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(50, 50)))
+    a = (q * np.geomspace(1, 1e-3, 50)) @ q.T
+    b = rng.normal(size=50)
+    b *= norm / np.linalg.norm(b)
+    a32, b32 = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    x = conjugate_gradient(lambda v: a32 @ v, b32, jnp.zeros_like(b32), tolerance=1e-4, max_steps=300)
+    assert x.dtype == jnp.float32
+    assert relative_error(a @ np.asarray(x, float), b) < 2e-4
+
+
+# --- solvers against scipy and NumPy -------------------------------------------------------------------------------
+
+
+@functools.cache
+def scipy_minimum(name: str) -> float:
+    return scipy_descent(EXAMPLES[name], EXAMPLES[name].params)
+
+
+def scipy_descent(example: Example, params: Any) -> float:
+    """The loss at which scipy's L-BFGS-B ends from `params`, going on to the last digit."""
+    w, unravel = ravel_pytree(params)
+    x, y = jnp.asarray(example.x), jnp.asarray(example.y)
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(w: Array) -> Array:
+        losses = resolve(example.loss).values(example.apply(unravel(w), x), y)
+        return jnp.mean(losses) + example.l2 / 2 * jnp.vdot(w, w)
+
+    options = {"maxiter": 10_000, "maxfun": 10_000, "ftol": 0, "gtol": 1e-11, "maxcor": 20}
+    return scipy.optimize.minimize(
+        lambda w: [np.asarray(part) for part in mean(w)], np.asarray(w), jac=True, method="L-BFGS-B", options=options
+    ).fun
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), CLASSICAL], ids=["LBFGS", "GaussNewton"])
+@every_example
+def test_solver_reaches_the_minimum_that_scipy_finds(example: Example, solver: Any):
+    result = fit(example, solver, max_steps=2000)
+    assert result.status == Status.CONVERGED
+    # Where there are many minima, ours is one if scipy can descend no further from it.
+    minimum = scipy_minimum(example.name) if example.convex else scipy_descent(example, result.params)
+    assert result.loss == pytest.approx(minimum, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("condition", "linear_solve"), [*((condition, "dense") for condition in QUADRATICS), (1e2, "cg")]
+)
+def test_one_undamped_step_solves_linear_least_squares(condition: float, linear_solve: str):
+    example = least_squares(condition, np.float64)
+    undamped = GaussNewton(
+        curvature_ratio=None,
+        damping=0,
+        damping_factors=(1.0,),
+        momenta=(0.0,),
+        linear_solve=linear_solve,
+        cg_tolerance=1e-13,
+    )
+    result = fit(example, undamped, max_steps=1)
+    w, residuals, *_ = np.linalg.lstsq(example.x, example.y)
+    assert result.loss == pytest.approx(residuals[0] / (2 * len(example.x)), rel=1e-12)
+    assert relative_error(result.params["w"], w) < 1e-14 * condition
+
+
+# --- what may change no result -------------------------------------------------------------------------------------
+
+SOLVERS = pytest.mark.parametrize("solver", [LBFGS(), GaussNewton(), CLASSICAL], ids=repr)
+
+
+def tiny_huber(outputs: Array, y: Array) -> Array:
+    return 1e-6 * pseudo_huber(outputs, y)
+
+
+@SOLVERS
+@pytest.mark.parametrize("example", [HUBER, MLP], ids=lambda example: example.name)
+def test_scale_of_the_loss_changes_no_iterate(example: Example, solver: Any):
+    ours = fit(example, solver, 12, loss=pseudo_huber)
+    tiny = fit(example, solver, 12, loss=tiny_huber, l2=1e-6 * example.l2)
+    np.testing.assert_allclose(1e6 * np.array(tiny.history["loss"]), ours.history["loss"], rtol=1e-9)
+    np.testing.assert_allclose(tiny.history["sample_grads"], ours.history["sample_grads"])
+
+
+@SOLVERS
+@pytest.mark.parametrize("growth", [Growth(1, 2), Growth(1, 2, nested=False)], ids=["nested", "fresh"])
+def test_block_size_changes_results_by_rounding_only(solver: Any, growth: Growth):
+    if not growth.nested and not solver.fresh_subsets:
+        pytest.skip("L-BFGS takes no fresh subsets")
+    losses = [fit(CNN, solver, 6, growth=growth, block_size=size).history["loss"] for size in (7, 64, None)]
+    np.testing.assert_allclose(losses[0], losses[2], rtol=1e-9)
+    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-9)
+
+
+ON_DEVICES = """if True:
+    import json, jax
+    jax.config.update("jax_enable_x64", True)
+    from test_oracles import CLASSICAL, CNN, LBFGS, GaussNewton, Growth, fit
+
+    def losses(solver, devices):
+        result = fit(CNN, solver, 6, growth=Growth(1, 2), devices=jax.devices()[:devices], block_size=30)
+        return result.history["loss"]
+
+    solvers = (LBFGS(), GaussNewton(), CLASSICAL, GaussNewton(linear_solve="cg"))
+    print(json.dumps([[losses(solver, n) for n in (1, 2, 4)] for solver in solvers]))
+"""
+
+
+def test_number_of_devices_changes_results_by_rounding_only(run_python: Any, request: pytest.FixtureRequest):
+    for one, *more in json.loads(run_python("-c", ON_DEVICES, devices=4, cwd=request.path.parent)):
+        for losses in more:
+            np.testing.assert_allclose(losses, one, rtol=1e-6)
