@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,18 +88,16 @@ def tuned_adam(
 ) -> dict[str, list]:
     """Adam at several budgets (epochs), each with a cosine decay to zero of its own, at each of its rates.
 
-    A budget without rates takes the best one of the budget before. One row a run; the best run of a budget is what
-    the method is compared with.
+    One row a run; the best run of a budget is what the method is compared with.
     """
-    rows, best_rate = [], math.nan
+    rows = []
     for epochs, rates in budgets.items():
-        for rate in rates or (best_rate,):
+        for rate in rates:
             result = adam(model, train, None, rate, epochs, seed)
             loss, accuracy = loss_and_accuracy(model, result.params, test)
             cost = price.of(result.sample_grads, result.seconds)
             row = {"budget_epochs": epochs, "rate": rate, "full_loss": result.loss, "test_loss": loss}
             rows.append(row | {"test_accuracy": accuracy, "flops": cost["flops"], "seconds": cost["seconds"]})
-            best_rate = min((r["full_loss"], r["rate"]) for r in rows if r["budget_epochs"] == epochs)[1]
             say(f"Adam, {epochs} epochs at {rate:g}: loss {result.loss:.4g}, test accuracy {accuracy:.4f}")
     return columns(rows)
 

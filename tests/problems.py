@@ -75,16 +75,16 @@ def problems(dtype: Any) -> list[Example]:
         w = rng.normal(size=shape) / np.prod(shape[:-1]) ** 0.5
         return {"w": w.astype(dtype), "b": np.zeros(shape[-1:], dtype)}
 
-    x, y = load_digits(n_class=5, return_X_y=True)
-    digits = (x[:200] / 16).astype(dtype), y[:200].astype(np.int32)
+    x, y = load_digits(n_class=4, return_X_y=True)
+    digits = (x[:150] / 16).astype(dtype), y[:150].astype(np.int32)
     valley = {"a": np.array(-1.2, dtype), "b": np.array(1, dtype)}
     ones, targets = np.ones((4, 1), dtype), np.tile(np.array([0, 1], dtype), (4, 1))
     cross_entropy = "softmax_cross_entropy"
     return [
         *(least_squares(condition, dtype) for condition in (1e2, 1e4, 1e6)),
         Example("Rosenbrock", rosenbrock, valley, ones, targets, "squared_error"),
-        Example("logistic regression", affine, layer(64, 5), *digits, cross_entropy, 1e-3),
-        Example("Huber regression", affine, layer(64, 5), *digits, pseudo_huber, 1e-3),
-        Example("MLP", mlp, [layer(64, 5), layer(5, 5)], *digits, cross_entropy, 1e-3, convex=False),
-        Example("CNN", cnn, [layer(3, 3, 1, 2), layer(18, 5)], *digits, cross_entropy, 1e-3, convex=False),
+        Example("logistic regression", affine, layer(64, 4), *digits, cross_entropy, 1e-3),
+        Example("Huber regression", affine, layer(64, 4), *digits, pseudo_huber, 1e-3),
+        Example("MLP", mlp, [layer(64, 4), layer(4, 4)], *digits, cross_entropy, 1e-3, convex=False),
+        Example("CNN", cnn, [layer(3, 3, 1, 2), layer(18, 4)], *digits, cross_entropy, 3e-4, convex=False),
     ]

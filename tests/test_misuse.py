@@ -94,7 +94,7 @@ class WithDropout(nn.Module):
 
 
 DENSE = nn.Dense(M)
-DENSE_VARIABLES = DENSE.init(jax.random.key(0), X[:1])
+DENSE_VARIABLES: Any = DENSE.init(jax.random.key(0), X[:1])
 DENSE_PARAMS = DENSE_VARIABLES["params"]
 
 # mistake: (arguments, the argument that the message names, the value in it, pattern of the way out)

@@ -24,6 +24,7 @@ WHOLE = Growth(start=1e9)  # a first ratio that no set reaches: one stage, the w
 CLASSICAL = GaussNewton(curvature_ratio=None)
 QUADRATICS = [1e2, 1e4, 1e6]
 
+every_full_batch_solver = pytest.mark.parametrize("solver", [LBFGS(), CLASSICAL], ids=["LBFGS", "classical"])
 every_example = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 
 
@@ -67,19 +68,33 @@ def repeated_sample(problem: Problem) -> Sample:
     return Sample(rng.integers(0, problem.count, 37), rng.uniform(0.1, 1, 37))
 
 
+def mean_loss(example: Example, unravel: Any) -> Any:
+    """(value, gradient) of the plain mean over all examples, as a compiled function of w."""
+    x, y = jnp.asarray(example.x), jnp.asarray(example.y)
+
+    def mean(w: Array) -> Array:
+        losses = resolve(example.loss).values(example.apply(unravel(w), x), y)
+        return jnp.mean(losses) + example.l2 / 2 * jnp.vdot(w, w)
+
+    return jax.jit(jax.value_and_grad(mean))
+
+
+def output_hessians(loss: Any, f: Array, y: Array) -> Array:
+    """H_i (n, M, M) by jax.hessian, one example at a time."""
+    values = resolve(loss).values
+    return jax.jit(jax.vmap(jax.hessian(lambda f, y: values(f[None], y[None])[0])))(f, y)
+
+
 def dense_curvature(example: Example, w: Array, unravel: Any, sample: Sample) -> np.ndarray:
-    """Sum_i weight_i J_i' H_i J_i, by jax.jacobian and jax.hessian of one example at a time."""
+    """Sum_i weight_i J_i' H_i J_i, J_i by jax.jacobian."""
     x, y = jnp.asarray(example.x[sample.indices]), jnp.asarray(example.y[sample.indices])
-    values = resolve(example.loss).values
-    outputs = example.apply(unravel(w), x)
-    jacobians = jax.jacobian(lambda w: example.apply(unravel(w), x))(w)
-    hessians = jax.vmap(jax.hessian(lambda f, y: values(f[None], y[None])[0]))(outputs, y)
-    return np.einsum("n,nip,nij,njq->pq", sample.weights, jacobians, hessians, jacobians, optimize=True)
+    j = jax.jit(jax.jacobian(lambda w: example.apply(unravel(w), x)))(w)
+    h = output_hessians(example.loss, example.apply(unravel(w), x), y)
+    return np.einsum("n,nip,nij,njq->pq", sample.weights, j, h, j, optimize=True)
 
 
 def symmetric(lower: Array) -> np.ndarray:
-    lower = np.tril(lower)
-    return lower + np.tril(lower, -1).T
+    return np.tril(lower) + np.tril(lower, -1).T
 
 
 def relative_error(found: Any, expected: Any) -> float:
@@ -89,12 +104,7 @@ def relative_error(found: Any, expected: Any) -> float:
 @every_example
 def test_loss_and_gradient_are_those_of_the_plain_mean(example: Example):
     problem, w, unravel = away_from_start(example)
-
-    def mean(w: Array) -> Array:
-        losses = resolve(example.loss).values(example.apply(unravel(w), jnp.asarray(example.x)), jnp.asarray(example.y))
-        return jnp.mean(losses) + example.l2 / 2 * jnp.vdot(w, w)
-
-    value, grad = jax.value_and_grad(mean)(w)
+    value, grad = mean_loss(example, unravel)(w)
     found = problem.evaluate(w)
     assert found.value == pytest.approx(float(value), rel=1e-12)
     assert relative_error(found.grad, grad) < 1e-12
@@ -136,18 +146,18 @@ def test_rows_with_random_signs_average_to_the_dense_matrix(example: Example):
 
 def test_drawing_by_uncertainty_is_unbiased_and_repeats_no_example_too_often():
     problem, w, _ = away_from_start(MLP)
-    subset = problem.on(np.arange(150, 190))
+    subset = problem.on(np.arange(100, 140))
     uncertainty = subset.evaluate(w).uncertainty
     share = 0.1 / 40 + 0.9 * uncertainty / uncertainty.sum()
-    total = np.zeros(200)
+    total = np.zeros(150)
     for key in jax.random.split(jax.random.key(0), 200):
         positions, sample = subset.draw(key, uncertainty, 100)
         np.testing.assert_array_equal(sample.indices, subset.subset[positions])
         assert np.all(np.bincount(positions, minlength=40) <= np.ceil(100 * share))
-        total += np.bincount(sample.indices, sample.weights, minlength=200) / 200
-    np.testing.assert_allclose(total[150:190], 1 / 40, rtol=0.1)
-    assert not total[:150].any()
-    assert not total[190:].any()
+        total += np.bincount(sample.indices, sample.weights, minlength=150) / 200
+    np.testing.assert_allclose(total[100:140], 1 / 40, rtol=0.1)
+    assert not total[:100].any()
+    assert not total[140:].any()
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 30])
@@ -168,10 +178,10 @@ def test_root_times_its_transpose_is_the_output_hessian(loss: Any, targets: str,
     y, kernels = jnp.asarray(y), resolve(loss)
 
     def columns(product: Any) -> np.ndarray:
-        units = [jnp.tile(unit, (n, 1)) for unit in jnp.eye(m)]
-        return np.stack([product(f, y, unit) for unit in units], axis=2)
+        units = jnp.tile(jnp.eye(m)[:, None], (1, n, 1))
+        return np.moveaxis(jax.jit(jax.vmap(product, (None, None, 0)))(f, y, units), 0, 2)
 
-    expected = jax.vmap(jax.hessian(lambda f, y: kernels.values(f[None], y[None])[0]))(f, y)
+    expected = output_hessians(loss, f, y)
     b = columns(kernels.root)
     np.testing.assert_allclose(b @ b.transpose(0, 2, 1), expected, atol=1e-14)
     np.testing.assert_allclose(columns(kernels.hessian), expected, atol=1e-14)
@@ -203,21 +213,14 @@ def scipy_minimum(name: str) -> float:
 def scipy_descent(example: Example, params: Any) -> float:
     """The loss at which scipy's L-BFGS-B ends from `params`, going on to the last digit."""
     w, unravel = ravel_pytree(params)
-    x, y = jnp.asarray(example.x), jnp.asarray(example.y)
-
-    @jax.jit
-    @jax.value_and_grad
-    def mean(w: Array) -> Array:
-        losses = resolve(example.loss).values(example.apply(unravel(w), x), y)
-        return jnp.mean(losses) + example.l2 / 2 * jnp.vdot(w, w)
-
+    mean = mean_loss(example, unravel)
     options = {"maxiter": 10_000, "maxfun": 10_000, "ftol": 0, "gtol": 1e-11, "maxcor": 20}
     return scipy.optimize.minimize(
         lambda w: [np.asarray(part) for part in mean(w)], np.asarray(w), jac=True, method="L-BFGS-B", options=options
     ).fun
 
 
-@pytest.mark.parametrize("solver", [LBFGS(), CLASSICAL], ids=["LBFGS", "GaussNewton"])
+@every_full_batch_solver
 @every_example
 def test_solver_reaches_the_minimum_that_scipy_finds(example: Example, solver: Any):
     result = fit(example, solver, max_steps=2000)
@@ -225,6 +228,15 @@ def test_solver_reaches_the_minimum_that_scipy_finds(example: Example, solver: A
     # Where there are many minima, ours is one if scipy can descend no further from it.
     minimum = scipy_minimum(example.name) if example.convex else scipy_descent(example, result.params)
     assert result.loss == pytest.approx(minimum, rel=1e-6, abs=1e-12)
+
+
+@every_full_batch_solver
+@pytest.mark.parametrize("example", [e for e in problems(np.float32) if e.convex], ids=lambda example: example.name)
+def test_solver_nears_the_minimum_in_float32(example: Example, solver: Any):
+    with jax.enable_x64(False):
+        result = fit(example, solver, max_steps=500)
+    assert result.status in (Status.CONVERGED, Status.STALLED)
+    assert result.loss == pytest.approx(scipy_minimum(example.name), rel=5e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -248,14 +260,15 @@ def test_one_undamped_step_solves_linear_least_squares(condition: float, linear_
 
 # --- what may change no result -------------------------------------------------------------------------------------
 
-SOLVERS = pytest.mark.parametrize("solver", [LBFGS(), GaussNewton(), CLASSICAL], ids=repr)
+SOLVERS = {"LBFGS": LBFGS(), "GaussNewton": GaussNewton(), "classical": CLASSICAL}
+every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
 def tiny_huber(outputs: Array, y: Array) -> Array:
     return 1e-6 * pseudo_huber(outputs, y)
 
 
-@SOLVERS
+@every_solver
 @pytest.mark.parametrize("example", [HUBER, MLP], ids=lambda example: example.name)
 def test_scale_of_the_loss_changes_no_iterate(example: Example, solver: Any):
     ours = fit(example, solver, 12, loss=pseudo_huber)
@@ -264,7 +277,7 @@ def test_scale_of_the_loss_changes_no_iterate(example: Example, solver: Any):
     np.testing.assert_allclose(tiny.history["sample_grads"], ours.history["sample_grads"])
 
 
-@SOLVERS
+@every_solver
 @pytest.mark.parametrize("growth", [Growth(1, 2), Growth(1, 2, nested=False)], ids=["nested", "fresh"])
 def test_block_size_changes_results_by_rounding_only(solver: Any, growth: Growth):
     if not growth.nested and not solver.fresh_subsets:
@@ -277,18 +290,20 @@ def test_block_size_changes_results_by_rounding_only(solver: Any, growth: Growth
 ON_DEVICES = """if True:
     import json, jax
     jax.config.update("jax_enable_x64", True)
-    from test_oracles import CLASSICAL, CNN, LBFGS, GaussNewton, Growth, fit
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", True)
+    from test_oracles import LBFGS, MLP, GaussNewton, Growth, fit
 
-    def losses(solver, devices):
-        result = fit(CNN, solver, 6, growth=Growth(1, 2), devices=jax.devices()[:devices], block_size=30)
-        return result.history["loss"]
+    def losses(solver, count):
+        devices = jax.devices()[:count]
+        return fit(MLP, solver, 4, growth=Growth(1, 2), devices=devices, block_size=30).history["loss"]
 
-    solvers = (LBFGS(), GaussNewton(), CLASSICAL, GaussNewton(linear_solve="cg"))
-    print(json.dumps([[losses(solver, n) for n in (1, 2, 4)] for solver in solvers]))
+    solvers = LBFGS(), GaussNewton(), GaussNewton(linear_solve="cg", cg_max_steps=5)
+    print(json.dumps([[losses(solver, count) for count in (1, 2, 4)] for solver in solvers]))
 """
 
 
 def test_number_of_devices_changes_results_by_rounding_only(run_python: Any, request: pytest.FixtureRequest):
     for one, *more in json.loads(run_python("-c", ON_DEVICES, devices=4, cwd=request.path.parent)):
         for losses in more:
-            np.testing.assert_allclose(losses, one, rtol=1e-6)
+            np.testing.assert_allclose(losses, one, rtol=1e-9)
