@@ -16,7 +16,7 @@ demo: .venv/experiments.stamp  ## subset training, fine-tuning and Adam on digit
 	$(BIN)/python -m experiments.demo
 
 test: lint  ## the linters, then every test
-	$(BIN)/python -m pytest -n logical --maxprocesses 4
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: .venv/test.stamp  ## ruff and pyright
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 from typing import Any
 
 import jax
@@ -39,6 +40,18 @@ def real_number(name: str, value: Any, least: float = -math.inf, below: float = 
     bounds += f" and below {below:g}" if below < math.inf else ""
     fits = number and least <= float(value) < below
     require(fits, name, f"be a finite number{bounds}", repr(value), f"pass for example {name}={max(least, 0):g}")
+
+
+def seed(value: Any) -> None:
+    """A whole number that both random generators take."""
+    whole_number("seed", value, 0)
+    require(value < 2**32, "seed", "be below 2**32", repr(value), "pass for example seed=0")
+
+
+def folder(name: str, value: Any) -> None:
+    """A path, or None."""
+    fits = value is None or isinstance(value, str | os.PathLike)
+    require(fits, name, "be the path of a folder, or None", repr(value), f"pass for example {name}='folder'")
 
 
 def positive(name: str, value: Any) -> None:
@@ -87,7 +100,7 @@ def until(value: Any) -> Any:
         choice("until", value, ("representative", "converged"))
     else:
         whole_number("until", value, 1)
-    return value
+    return value if isinstance(value, str) else int(value)
 
 
 def optimizer(value: Any) -> Any:
@@ -115,39 +128,50 @@ def pair(name: str, data: Any) -> tuple[Any, Any]:
     """The two members of (x, y) as arrays."""
     fits = isinstance(data, tuple | list) and len(data) == 2
     require(fits, name, "be a pair (x, y)", _describe(data), "pass for example (images, labels)")
-    return _array("x", data[0]), _array("y", data[1])
+    where = "" if name == "data" else f"{name} "
+    return _array(f"{where}x", data[0]), _array(f"{where}y", data[1])
 
 
 def _array(name: str, value: Any) -> Any:
-    way_out = "stack the examples with np.stack"
+    must = "be an array of real numbers with one row an example"
+    require(value is not None, name, must, "None", "pass an array")
+    sparse = hasattr(value, "toarray")
+    require(not sparse, name, must, f"a sparse matrix of shape {getattr(value, 'shape', '')}", "pass its toarray()")
     try:
         value = value if hasattr(value, "shape") else np.asarray(value)
     except ValueError:  # NumPy's own word on ragged lists names no argument
-        require(False, name, "be an array with one row an example", _describe(value), way_out)
-    fits = value.ndim > 0 and (np.issubdtype(value.dtype, np.number) or value.dtype == bool or _is_jax_float(value))
-    require(fits, name, "be an array of numbers with one row an example", _describe(value), way_out)
+        require(False, name, must, _describe(value), "stack the examples with np.stack")
+    real = value.dtype == bool or any(jnp.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating))
+    text = np.issubdtype(value.dtype, np.str_)
+    way_out = (
+        "encode it, labels for example with np.unique(y, return_inverse=True)[1]" if text else "cast it with astype"
+    )
+    way_out = "stack the examples with np.stack" if value.ndim == 0 or value.dtype == object else way_out
+    require(value.ndim > 0 and real, name, must, _describe(value), way_out)
     return value
 
 
-def _is_jax_float(value: Any) -> bool:
-    return jnp.issubdtype(value.dtype, np.floating)  # bfloat16, which NumPy does not know
-
-
-def examples(x: Any, y: Any) -> None:
+def examples(x: Any, y: Any, where: str = "") -> None:
     """As many inputs as targets, at least one, all finite."""
     lengths = f"lengths {len(x)} and {len(y)}"
-    require(len(x) == len(y), "x and y", "have the same length", lengths, "drop or add examples in one of them")
-    require(len(x) > 0, "x", "hold at least one example", f"shape {tuple(x.shape)}", "pass the training examples")
+    require(len(x) == len(y), f"{where}x and y", "have the same length", lengths, "drop or add examples in one of them")
+    require(
+        len(x) > 0,
+        f"{where}x",
+        "hold at least one example",
+        f"shape {tuple(x.shape)}",
+        "pass the training examples" if not where else "pass the held-out examples, or None",
+    )
     for name, values in (("x", x), ("y", y)):
-        finite(name, values)
+        finite(where + name, values)
 
 
-def validation(x: Any, y: Any, x_held_out: Any, y_held_out: Any) -> None:
+def like_training_data(x: Any, y: Any, x_held_out: Any, y_held_out: Any) -> None:
     """Validation data of the training data's shapes and dtypes."""
     for name, a, b in (("x", x, x_held_out), ("y", y, y_held_out)):
-        expected = f"have {name} of shape (n, *{a.shape[1:]}) and dtype {a.dtype} like the training data"
+        must = f"have shape (n, {', '.join(map(str, a.shape[1:]))}) and dtype {a.dtype} like the training data"
         fits = a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
-        require(fits, "validation", expected, _describe(b), "prepare both alike")
+        require(fits, f"validation {name}", must, _describe(b), "prepare both alike")
 
 
 def patience(value: Any, validation: Any) -> None:
@@ -180,39 +204,39 @@ def x_dtype(x: Any, dtype: Any) -> None:
     require(fits, "x", f"have the dtype of params, {dtype}", x.dtype, way_out)
 
 
-def targets(loss: Any, y: Any, outputs: jax.ShapeDtypeStruct) -> None:
+def targets(loss: Any, y: Any, outputs: Any, name: str = "y") -> None:
     """Targets that fit the outputs of a named loss."""
     if loss == "softmax_cross_entropy":
         fits = len(outputs.shape) == 2
         way_out = "reshape the model's outputs or pass a loss function"
         require(fits, "model", f"return outputs (n, classes) for loss={loss!r}", outputs.shape, way_out)
-        (_labels if y.ndim == 1 else _probabilities)(y, outputs.shape[1], outputs.dtype)
+        (_labels if y.ndim == 1 else _probabilities)(name, y, outputs.shape[1], outputs.dtype)
     elif loss == "squared_error":
         shape = tuple(outputs.shape[1:])
         fits = math.prod(y.shape[1:]) == math.prod(shape)
         must = f"have one value for each of the model's outputs {shape}"
-        require(fits, "y", must, f"shape {tuple(y.shape)}", "reshape y or the outputs")
-        _same_dtype("y", y, outputs.dtype)
+        require(fits, name, must, f"shape {tuple(y.shape)}", "reshape y or the outputs")
+        _same_dtype(name, y, outputs.dtype)
 
 
-def _labels(y: Any, classes: int, dtype: Any) -> None:
+def _labels(name: str, y: Any, classes: int, dtype: Any) -> None:
     integers = np.issubdtype(y.dtype, np.integer)
-    require(integers, "y", "hold integer labels for cross-entropy", y.dtype, "pass y.astype('int32')")
+    require(integers, name, "hold integer labels for cross-entropy", y.dtype, "pass y.astype('int32')")
     low, high = int(np.min(y)), int(np.max(y))
     must = f"hold labels from 0 to {classes - 1}, one for each of the model's {classes} outputs"
     way_out = f"renumber the labels or give the model {max(high + 1, classes)} outputs"
-    require(low >= 0 and high < classes, "y", must, f"{low} to {high}", way_out)
+    require(low >= 0 and high < classes, name, must, f"{low} to {high}", way_out)
 
 
-def _probabilities(y: Any, classes: int, dtype: Any) -> None:
+def _probabilities(name: str, y: Any, classes: int, dtype: Any) -> None:
     fits = y.ndim == 2 and y.shape[1] == classes
     must = f"have shape (n,) of labels or (n, {classes}) of probabilities"
-    require(fits, "y", must, f"shape {tuple(y.shape)}", f"match the model's {classes} outputs")
-    _same_dtype("y", y, dtype)
+    require(fits, name, must, f"shape {tuple(y.shape)}", f"match the model's {classes} outputs")
+    _same_dtype(name, y, dtype)
     total = np.asarray(y).sum(axis=1)
     fits = np.allclose(total, 1, atol=1e-3) and np.min(y) >= 0
     found = f"sums from {total.min():.4g} to {total.max():.4g}, least entry {np.min(y):.4g}"
-    require(fits, "y", "hold rows of probabilities that sum to 1", found, "normalise the rows")
+    require(fits, name, "hold rows of probabilities that sum to 1", found, "normalise the rows")
 
 
 def _same_dtype(name: str, value: Any, dtype: Any) -> None:
@@ -236,6 +260,21 @@ def plain_function(model: Any, params: Any) -> None:
     require(callable(model), "model", "be a flax module or a function apply(params, x)", _describe(model), way_out)
     way_out = "pass the parameters; only linen modules are initialised from a seed"
     require(params is not None, "params", "be given with model=apply(params, x)", "None", way_out)
+
+
+def shapes(function: Any, *arguments: Any) -> Any:
+    """What a model's function returns, in the abstract; it may need no random numbers beside its parameters'."""
+    try:
+        return jax.eval_shape(function, *arguments)
+    except Exception as error:
+        # By name: flax is the user's import, not ours.
+        if type(error).__name__ != "InvalidRngError":
+            raise
+        way_out = "switch dropout off, for example with deterministic=True"
+        message = str(error).split("(http")[0].strip()
+        raise ValueError(
+            f"model must need no rng beside that of its params, found a wanted rng, {message!r}; {way_out}."
+        ) from error
 
 
 def only_params(variables: Any) -> None:

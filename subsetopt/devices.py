@@ -56,11 +56,13 @@ class Devices:
         """One block, arrays with B rows each; B is a multiple of the number of devices."""
         if len(self.devices) > 1:
             block = jax.tree.map(lambda a: a.reshape(len(self.devices), -1, *a.shape[1:]), block)
+        else:
+            block = jax.device_put(block, self.devices[0])  # what is committed decides where the kernel runs
         return _compiled(kernel, self.devices)(static, sums, shared, block)
 
     def finish(self, sums: Any, each: list[Any], length: int) -> tuple[Any, Any]:
         """The sums over all devices, and the per-example values of all blocks as arrays of `length` rows."""
-        if len(self.devices) > 1:
+        if len(self.devices) > 1 and jax.tree.leaves(sums):
             sums = _psum(self.devices)(sums)
         lead = 1 if len(self.devices) == 1 else 2
         gathered = jax.tree.map(

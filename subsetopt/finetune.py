@@ -17,7 +17,7 @@ from jax import Array
 from subsetopt import checks
 from subsetopt.checkpoint import Checkpoint
 from subsetopt.model import Params, mask_tree
-from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, make_problem
+from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, held_out, make_problem
 from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Status
 from subsetopt.timing import Stopwatch
@@ -105,12 +105,15 @@ def finetune(
     """
     checks.whole_number("epochs", epochs, 1)
     checks.whole_number("batch_size", batch_size, 1)
-    checks.whole_number("seed", seed, 0)
+    checks.seed(seed)
+    checks.folder("checkpoint", checkpoint)
+    epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # JSON knows no NumPy numbers
     checks.function("callback", callback)
     problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
-    held_out = _validation(problem, validation, patience)
+    checks.patience(patience, validation)
+    watched = None if validation is None else held_out(problem, validation, loss, w)
     optimizer = checks.optimizer(optimizer) or optax.adam(1e-3)
-    run = _Run(problem, w, optimizer, trainable, batch_size, seed, held_out)
+    run = _Run(problem, w, optimizer, trainable, batch_size, seed, watched)
     plan = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "examples": problem.count}
     saver = Checkpoint(checkpoint, plan | {"parameters": problem.parameters})
     run.resume(saver)
@@ -257,16 +260,6 @@ def _descend(objective: Objective, optimizer: Any, params: Params, opt_state: An
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-def _validation(problem: Problem, validation: Any, patience: int | None) -> Problem | None:
-    checks.patience(patience, validation)
-    if validation is None:
-        return None
-    x, y = checks.pair("validation", validation)
-    checks.validation(problem.x, problem.y, x, y)
-    checks.examples(x, y)
-    return dataclasses.replace(problem, x=np.asarray(x), y=np.asarray(y), subset=np.arange(len(x)))
-
-
 def _flatten(problem: Problem, params: Params) -> Array:
     full = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(params)])
     return full[problem.constants["index"]] if "index" in problem.constants else full
@@ -298,4 +291,4 @@ def warm_up(problem: Problem, w: Array, mask: Params | None, epochs: float, seed
 
 @functools.lru_cache(maxsize=64)  # the same optimizer object, so that the same fit compiles its step once
 def _warm_up_optimizer(steps: int) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+    return optax.adam(optax.cosine_decay_schedule(1e-2, steps), eps=1e-30)  # none that knows the loss's scale

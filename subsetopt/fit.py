@@ -119,7 +119,7 @@ def fit_subset(
         seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
         l2: adds l2/2 |w|^2 over trainable parameters.
         max_steps: solver steps in all stages together; None: the solver's own.
-        target_loss: ends the last stage; a smaller subset's loss never ends the fit.
+        target_loss: ends the last stage (one that is not redrawn); a smaller subset's loss never ends the fit.
         block_size: examples evaluated at once; changes no result beyond rounding.
         devices: JAX devices of this process to spread blocks over; None: all local ones.
         callback: called with a `Progress` after each step; return True to stop.
@@ -138,7 +138,8 @@ def fit_subset(
     until = checks.until(solver.until if until is None else until)
     max_steps = solver.max_steps if max_steps is None else max_steps
     checks.whole_number("max_steps", max_steps, 1)
-    checks.whole_number("seed", seed, 0)
+    checks.seed(seed)
+    checks.folder("checkpoint", checkpoint)
     checks.real_number("warmup_epochs", warmup_epochs, 0)
     checks.function("callback", callback)
     if target_loss is not None:
@@ -155,6 +156,7 @@ def fit_subset(
             block_size=block_size,
             devices=devices,
         )
+        max_steps, seed, warmup_epochs = int(max_steps), int(seed), float(warmup_epochs)  # JSON knows no NumPy numbers
         fit = _Fit(problem, solver, growth, until, max_steps, target_loss, seed)
         saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs})
         mask = (
@@ -321,8 +323,10 @@ class _Fit:
         return float(self.probe.weights @ self.problem.losses(self.state.w, self.probe))
 
     def _close_stage(self, status: Status) -> None:
+        if self.stage_steps == 0:  # interrupted before its first step: nothing is known of it
+            return
         cost, evals, seconds = self.stage_begin
-        looked = self.stage_steps > 0 and not self.stage_steps % self.solver.check_every
+        looked = not self.stage_steps % self.solver.check_every
         if looked or status == Status.STOPPED:  # a stop costs nothing: the run may be resumed
             probe = self.history["probe_loss"][-1] if looked else None
         else:

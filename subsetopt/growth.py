@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -70,15 +71,32 @@ def draw_order(y: np.ndarray, seed: int, stratified: bool = True) -> np.ndarray:
     classes in the proportions of the whole set, to within one example a class; other targets are only shuffled.
     """
     y = np.asarray(y)
-    checks.require(y.size, "y", "hold at least one target", f"shape {y.shape}", "pass the training targets")
+    fits = y.ndim > 0 and y.size > 0
+    checks.require(fits, "y", "hold a target an example", f"shape {y.shape}", "pass the training targets")
     checks.whole_number("seed", seed, 0)
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(y))
+    shuffled = np.random.default_rng(seed).permutation(len(y))
     if not stratified or y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         return shuffled
-    place = np.empty(len(y))
-    for label in np.unique(y):
-        members = shuffled[y[shuffled] == label]
-        # The j-th member of a class stands at the fraction (j + u) / n of the order, u random.
-        place[members] = (np.arange(len(members)) + rng.uniform()) / len(members)
-    return np.argsort(place, kind="stable")
+    _, of, counts = np.unique(y[shuffled], return_inverse=True, return_counts=True)
+    members = np.split(shuffled[np.argsort(of, kind="stable")], np.cumsum(counts)[:-1])
+    taken, order = np.zeros(len(counts), int), np.empty_like(shuffled)
+    for place, label in enumerate(_fair_sequence(counts)):
+        order[place] = members[label][taken[label]]
+        taken[label] += 1
+    return order
+
+
+def _fair_sequence(counts: np.ndarray) -> Iterator[int]:
+    """Classes in an order of which every prefix has each class's share to within less than one.
+
+    Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980): of the classes that may have the next
+    place without getting ahead of their share, the one that has to have a place soonest.
+    """
+    share, slack = counts / counts.sum(), 1 - 1 / (2 * max(len(counts), 2) - 2)
+    taken = np.zeros(len(counts), int)
+    for place in range(1, counts.sum() + 1):
+        due = place * share - taken
+        may = (due >= 1 - slack - 1e-12) & (taken < counts)
+        label = int(np.argmin(np.where(may, (slack - due) / share, np.inf)))
+        taken[label] += 1
+        yield label

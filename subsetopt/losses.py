@@ -66,30 +66,37 @@ def _squared_uncertainty(f: Array, y: Array) -> Array:
     return jnp.full(flat.shape[:1], flat.shape[1] ** 0.5, f.dtype)
 
 
-def _roots(values: Callable[[Array, Array], Array], f: Array, y: Array) -> Array:
-    """(n, M, M) roots of the output Hessians of any loss; negative eigenvalues count as zero."""
+def _hessians(values: Callable[[Array, Array], Array], f: Array, y: Array) -> Array:
+    """(n, M, M) output Hessians of any loss."""
 
     def one(f_i: Array, y_i: Array) -> Array:
         def of_flat(g: Array) -> Array:
             return values(g.reshape(f_i.shape)[None], y_i[None])[0]
 
-        eigenvalues, vectors = jnp.linalg.eigh(jax.hessian(of_flat)(f_i.reshape(-1)))
-        return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))[None]
+        return jax.hessian(of_flat)(f_i.reshape(-1))
 
     return jax.vmap(one)(f, y)
+
+
+def _roots(hessians: Array) -> Array:
+    """Their symmetric roots, negative eigenvalues counting as zero: unique, unlike any other root."""
+    eigenvalues, vectors = jnp.linalg.eigh(hessians)
+    scaled = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))[:, None]
+    return scaled @ vectors.mT
 
 
 @functools.lru_cache(maxsize=128)  # the same function gives the same Loss, whose compiled code is found again
 def _custom(values: Callable[[Array, Array], Array]) -> Loss:
     def root(f: Array, y: Array, u: Array) -> Array:
-        return jnp.einsum("nij,nj->ni", _roots(values, f, y), _flat(u)).reshape(f.shape)
+        return jnp.einsum("nij,nj->ni", _roots(_hessians(values, f, y)), _flat(u)).reshape(f.shape)
 
     def hessian(f: Array, y: Array, v: Array) -> Array:
-        b = _roots(values, f, y)
-        return jnp.einsum("nij,nkj,nk->ni", b, b, _flat(v)).reshape(f.shape)
+        b = _roots(_hessians(values, f, y))
+        return jnp.einsum("nij,njk,nk->ni", b, b, _flat(v)).reshape(f.shape)
 
     def uncertainty(f: Array, y: Array) -> Array:
-        return jnp.sqrt(jnp.sum(_roots(values, f, y) ** 2, axis=(1, 2)))
+        trace = jnp.trace(_hessians(values, f, y), axis1=1, axis2=2)
+        return jnp.sqrt(jnp.maximum(trace, 0))
 
     return Loss(values, root, hessian, uncertainty)
 

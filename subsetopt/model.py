@@ -131,7 +131,7 @@ def _init(linen: _Linen, key: Array, x: Array) -> Params:
 
 def _linen_params(module: Any, params: Params | None, x: Any, seed: int) -> Params:
     first, key = jnp.asarray(x[:1]), jax.random.key(seed)
-    expected = jax.eval_shape(module.init, key, first)
+    expected = checks.shapes(module.init, key, first)
     checks.only_params(expected)
     if params is None:
         return _init(_Linen(module), key, first)["params"]

@@ -44,7 +44,8 @@ class Sample(NamedTuple):
 class Evaluation(NamedTuple):
     """Loss and gradient of the subset at w, with the per-example values that come for free.
 
-    value (): L(w). grad (P,): its gradient. losses, uncertainty (K,): of each example, in the subset's order.
+    value (): L(w). grad (P,): its gradient. losses, uncertainty (K,): of each example, in the subset's order;
+    uncertainty is empty where it was not asked for.
     """
 
     value: Any
@@ -56,7 +57,8 @@ class Evaluation(NamedTuple):
 # --- kernels: one block --------------------------------------------------------------------------------------------
 
 
-def _gradient_block(objective: Objective, grad: Array, shared: Any, block: Any) -> tuple[Array, Any]:
+def _gradient_block(static: tuple[Objective, bool], grad: Array, shared: Any, block: Any) -> tuple[Array, Any]:
+    objective, uncertain = static
     w, constants = shared
     x, y, weights = block
 
@@ -66,7 +68,7 @@ def _gradient_block(objective: Objective, grad: Array, shared: Any, block: Any) 
         return jnp.sum(weights * losses), (losses, outputs)
 
     g, (losses, outputs) = jax.grad(weighted, has_aux=True)(w)
-    return grad + g, (losses, objective.loss.uncertainty(outputs, y))
+    return grad + g, (losses, objective.loss.uncertainty(outputs, y) if uncertain else losses[:0])
 
 
 def _loss_block(objective: Objective, nothing: Any, shared: Any, block: Any) -> tuple[Any, Array]:
@@ -118,7 +120,7 @@ def _draw(key: Array, uncertainty: Array, count: Array, n: int) -> tuple[Array, 
     Systematic: one random offset, equal steps through the cumulated q. Unbiased like independent draws, with less
     variance, and no example comes oftener than ceil(n q_i).
     """
-    inside = jnp.arange(len(uncertainty)) < count
+    inside = jnp.arange(len(uncertainty), dtype=count.dtype) < count
     share = 1 / count.astype(uncertainty.dtype)
     s = jnp.where(inside, uncertainty, 0)
     total = jnp.sum(s)
@@ -126,7 +128,7 @@ def _draw(key: Array, uncertainty: Array, count: Array, n: int) -> tuple[Array, 
     q = jnp.where(inside, 0.1 * share + 0.9 * s, 0)
     cumulated = jnp.cumsum(q)
     steps = (jnp.arange(n, dtype=q.dtype) + jax.random.uniform(key, dtype=q.dtype)) / n
-    positions = jnp.searchsorted(cumulated, steps * cumulated[-1], side="right")
+    positions = jnp.searchsorted(cumulated, steps * cumulated[-1], side="right").astype(count.dtype)
     positions = jnp.minimum(positions, count - 1)
     return positions, share / (n * q[positions])
 
@@ -173,16 +175,20 @@ class Problem:
         """Every example of the subset, equally weighted."""
         return Sample(self.subset, np.full(self.count, 1 / self.count))
 
-    def evaluate(self, w: Array) -> Evaluation:
-        """Loss, gradient and per-example values of the subset at w (P,); costs GRADIENT * K."""
+    def evaluate(self, w: Array, uncertain: bool = False) -> Evaluation:
+        """Loss, gradient and per-example losses of the subset at w (P,); costs GRADIENT * K.
+
+        uncertain: give the examples' uncertainty as well, for `draw`.
+        """
         sample = self.whole()
-        grad, (losses, uncertainty) = self._reduce(_gradient_block, w, (w, self.constants), sample)
+        static = (self.objective, uncertain)
+        grad, (losses, uncertainty) = self._reduce(_gradient_block, static, w, (w, self.constants), sample)
         value = self._scalar(sample.weights @ losses.astype(np.float64) + self.l2 / 2 * float(jnp.vdot(w, w)))
         return Evaluation(value, grad + self.l2 * w, losses, uncertainty)
 
     def losses(self, w: Array, sample: Sample) -> np.ndarray:
         """Per-example losses (n,) of a sample at w, without l2; costs LOSS * n."""
-        return self._reduce(_loss_block, (), (w, self.constants), sample)[1]
+        return self._reduce(_loss_block, self.objective, (), (w, self.constants), sample)[1]
 
     def difference(self, w: Array, w0: Array, losses: np.ndarray, losses0: np.ndarray, weights: np.ndarray) -> Any:
         """L(w) - L(w0) from per-example losses: summing differences keeps what a difference of sums rounds away."""
@@ -191,7 +197,7 @@ class Problem:
 
     def product(self, w: Array, v: Array, sample: Sample) -> Array:
         """Gauss-Newton product (sum_i weight_i J_i'H_iJ_i + l2 I) v, (P,); costs PRODUCT * n."""
-        return self._reduce(_product_block, w, (w, v, self.constants), sample)[0] + self.l2 * v
+        return self._reduce(_product_block, self.objective, w, (w, v, self.constants), sample)[0] + self.l2 * v
 
     def gram(self, w: Array, sample: Sample, u: np.ndarray) -> Array:
         """Lower triangle of sum_i weight_i r_i r_i' with rows r_i = J_i'B_i u_i, (P, P); costs ROW * n.
@@ -200,7 +206,9 @@ class Problem:
         vectors makes it exact.
         """
         shape = jax.ShapeDtypeStruct((self.parameters, self.parameters), w.dtype)
-        return self._reduce(_row_block, shape, (w, self.constants), sample, u, size=4 * self.block_size)[0]
+        return self._reduce(
+            _row_block, self.objective, shape, (w, self.constants), sample, u, size=4 * self.block_size
+        )[0]
 
     def draw(self, key: Array, uncertainty: np.ndarray, n: int) -> tuple[np.ndarray, Sample]:
         """N examples of the subset drawn by uncertainty: their positions in the subset, and the sample."""
@@ -210,12 +218,14 @@ class Problem:
         positions, weights = (np.asarray(a) for a in _draw(key, padded, np.int32(self.count), n))
         return positions, Sample(self.subset[positions], weights)
 
-    def _reduce(self, kernel: Kernel, zeros: Any, shared: Any, sample: Sample, *extra: np.ndarray, size: int = 0):
+    def _reduce(
+        self, kernel: Kernel, static: Any, zeros: Any, shared: Any, sample: Sample, *extra: np.ndarray, size: int = 0
+    ):
         size, n = size or self.block_size, len(sample.indices)
         sums, each = self.devices.start(zeros), []
         for start in range(0, n, size):
             block = self._block(sample, extra, start, size)
-            sums, values = self.devices.run(kernel, self.objective, sums, shared, block)
+            sums, values = self.devices.run(kernel, static, sums, shared, block)
             each.append(values)
         return self.devices.finish(sums, each, n)
 
@@ -255,7 +265,7 @@ def make_problem(
     checks.x_dtype(x, w.dtype)
     own = Devices(devices)
     objective = Objective(static, resolve(loss))
-    outputs = _outputs_per_example(objective, loss, w, constants, x, y)
+    outputs = _checked_outputs(objective, loss, w, constants, x, y)
     size = own.block_size(block_size)
     x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
     problem = Problem(
@@ -265,14 +275,24 @@ def make_problem(
     return problem, w
 
 
-def _outputs_per_example(objective: Objective, loss: Any, w: Array, constants: Constants, x: Any, y: Any) -> int:
+def _checked_outputs(objective: Objective, loss: Any, w: Array, constants: Constants, x: Any, y: Any) -> int:
     """M, from abstract evaluation: nothing is computed."""
     n = min(len(x), 2)
-    out = jax.eval_shape(objective.model.outputs, w, constants, x[:n])
+    out = checks.shapes(objective.model.outputs, w, constants, x[:n])
     checks.outputs(out, n, w.dtype)
     checks.targets(loss, y, out)
     checks.per_example(jax.eval_shape(objective.loss.values, out, y[:n]), n, w.dtype)
     return int(np.prod(out.shape[1:]))
+
+
+def held_out(problem: Problem, data: Any, loss: Any, w: Array) -> Problem:
+    """The same loss on checked validation data."""
+    x, y = checks.pair("validation", data)
+    checks.examples(x, y, "validation ")
+    checks.like_training_data(problem.x, problem.y, x, y)
+    out = checks.shapes(problem.objective.model.outputs, w, problem.constants, x[:1])
+    checks.targets(loss, y, out, "validation y")
+    return dataclasses.replace(problem, x=np.asarray(x), y=np.asarray(y), subset=np.arange(len(x)))
 
 
 def _check_deterministic(problem: Problem, w: Array) -> None:

@@ -78,11 +78,11 @@ def start(w: Array, memory: Any) -> State:
     return State(w, False, nothing, Status.RUNNING, np.zeros((), w.dtype), 0.0, 0, memory)
 
 
-def evaluated(problem: Problem, state: State) -> State:
+def evaluated(problem: Problem, state: State, uncertain: bool = False) -> State:
     """The state with loss and gradient on the problem's subset, whatever was known before."""
     if state.known:
         return state
-    return moved(problem, state, state.w, problem.evaluate(state.w)).replace(
+    return moved(problem, state, state.w, problem.evaluate(state.w, uncertain)).replace(
         cost=state.cost + GRADIENT * problem.count, evals=state.evals + 1
     )
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Before jax starts: one CPU device. A test that wants several starts a process of its own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Workers share the cores: threads that wait for each other make small factorisations 100 times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
 import jax

@@ -147,7 +147,7 @@ def test_rows_with_random_signs_average_to_the_dense_matrix(example: Example):
 def test_drawing_by_uncertainty_is_unbiased_and_repeats_no_example_too_often():
     problem, w, _ = away_from_start(MLP)
     subset = problem.on(np.arange(100, 140))
-    uncertainty = subset.evaluate(w).uncertainty
+    uncertainty = subset.evaluate(w, uncertain=True).uncertainty
     share = 0.1 / 40 + 0.9 * uncertainty / uncertainty.sum()
     total = np.zeros(150)
     for key in jax.random.split(jax.random.key(0), 200):
@@ -199,7 +199,7 @@ def test_conjugate_gradients_reach_their_tolerance_in_float32_at_any_scale(norm:
     a32, b32 = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     x = conjugate_gradient(lambda v: a32 @ v, b32, jnp.zeros_like(b32), tolerance=1e-4, max_steps=300)
     assert x.dtype == jnp.float32
-    assert relative_error(a @ np.asarray(x, float), b) < 2e-4
+    assert relative_error(a @ np.asarray(x, float), b) < 1.1e-4
 
 
 # --- solvers against scipy and NumPy -------------------------------------------------------------------------------
@@ -261,14 +261,13 @@ def test_one_undamped_step_solves_linear_least_squares(condition: float, linear_
 # --- what may change no result -------------------------------------------------------------------------------------
 
 SOLVERS = {"LBFGS": LBFGS(), "GaussNewton": GaussNewton(), "classical": CLASSICAL}
-every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
 def tiny_huber(outputs: Array, y: Array) -> Array:
     return 1e-6 * pseudo_huber(outputs, y)
 
 
-@every_solver
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("example", [HUBER, MLP], ids=lambda example: example.name)
 def test_scale_of_the_loss_changes_no_iterate(example: Example, solver: Any):
     ours = fit(example, solver, 12, loss=pseudo_huber)
@@ -277,11 +276,12 @@ def test_scale_of_the_loss_changes_no_iterate(example: Example, solver: Any):
     np.testing.assert_allclose(tiny.history["sample_grads"], ours.history["sample_grads"])
 
 
-@every_solver
-@pytest.mark.parametrize("growth", [Growth(1, 2), Growth(1, 2, nested=False)], ids=["nested", "fresh"])
-def test_block_size_changes_results_by_rounding_only(solver: Any, growth: Growth):
-    if not growth.nested and not solver.fresh_subsets:
-        pytest.skip("L-BFGS takes no fresh subsets")
+@pytest.mark.parametrize(
+    ("solver", "nested"),
+    [(solver, nested) for solver in SOLVERS.values() for nested in (True, False) if nested or solver.fresh_subsets],
+)
+def test_block_size_changes_results_by_rounding_only(solver: Any, nested: bool):
+    growth = Growth(1, 2, nested=nested)
     losses = [fit(CNN, solver, 6, growth=growth, block_size=size).history["loss"] for size in (7, 64, None)]
     np.testing.assert_allclose(losses[0], losses[2], rtol=1e-9)
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-9)
@@ -290,7 +290,6 @@ def test_block_size_changes_results_by_rounding_only(solver: Any, growth: Growth
 ON_DEVICES = """if True:
     import json, jax
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_disable_most_optimizations", True)
     from test_oracles import LBFGS, MLP, GaussNewton, Growth, fit
 
