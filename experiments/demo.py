@@ -77,7 +77,7 @@ def main(arguments: Arguments) -> None:
     """Run what has no result yet, then print and draw it."""
     job = Job(arguments)
     if arguments.list:
-        job.list()
+        job.show()
         return
     if arguments.again:
         job.forget()
@@ -106,7 +106,7 @@ class Job:
         self.arguments, self.setting = arguments, SETTINGS[arguments.dataset]
         self.name = arguments.dataset + ("-smoke" if arguments.smoke else "")
         self.parts = arguments.out / "parts" / f"{self.name}-seed{arguments.seed}"
-        self.model = FAMILY[self.setting.model].model
+        self.model: Any = FAMILY[self.setting.model].model
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class Job:
         shutil.rmtree(self.parts, ignore_errors=True)
         (self.arguments.results / "demo" / f"{self.name}.json").unlink(missing_ok=True)
 
-    def list(self) -> None:
+    def show(self) -> None:
         """Print the state of every part."""
         for method in METHODS:
             done = self.finished() or self.path(method).exists()

@@ -28,7 +28,7 @@ def loss_and_accuracy(model: nn.Module, params: Any, data: Arrays, block: int = 
     """Mean cross-entropy and share of right answers; never part of a run's cost."""
     x, y = data
     sums = [_block_sums(model, params, x[i : i + block], y[i : i + block]) for i in range(0, len(x), block)]
-    loss, right = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    loss, right = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
     return float(loss / len(x)), float(right / len(x))
 
 
@@ -39,7 +39,8 @@ def gradient_flops(model: nn.Module, shape: tuple[int, ...], block: int = 128) -
     params = model.init(jax.random.key(0), x[:1])["params"]
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x), y))
+        logits: Any = model.apply({"params": params}, x)
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
     return flops(jax.value_and_grad(loss), params, x, y) / block
 

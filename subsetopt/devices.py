@@ -39,7 +39,7 @@ class Devices:
 
     def __init__(self, devices: Sequence[Any] | None = None):
         checks.devices(devices, jax.Device)
-        self.devices = tuple(jax.local_devices() if devices is None else devices)
+        self.devices: tuple[Any, ...] = tuple(jax.local_devices() if devices is None else devices)
 
     def block_size(self, wanted: int | None) -> int:
         """A block size that splits evenly; the default is what the backend's kernels like (measured, not tuned)."""
@@ -54,8 +54,9 @@ class Devices:
 
     def run(self, kernel: Kernel, static: Any, sums: Any, shared: Any, block: Any) -> tuple[Any, Any]:
         """One block, arrays with B rows each; B is a multiple of the number of devices."""
-        if len(self.devices) > 1:
-            block = jax.tree.map(lambda a: a.reshape(len(self.devices), -1, *a.shape[1:]), block)
+        count = len(self.devices)
+        if count > 1:
+            block = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), block)
         else:
             block = jax.device_put(block, self.devices[0])  # what is committed decides where the kernel runs
         return _compiled(kernel, self.devices)(static, sums, shared, block)

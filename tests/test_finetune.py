@@ -1,5 +1,7 @@
 """finetune as a user meets it: optimizers, early stopping, masks, resuming."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -8,7 +10,7 @@ import pytest
 from subsetopt import Status, finetune
 from tests.test_fit import Net, assert_same_params, data, leaves  # noqa: F401
 
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False}
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def params(data):  # noqa: F811
 
 def test_result_reports_the_full_training_loss_and_every_gradient(data, params):  # noqa: F811
     result = finetune(Net(), data, params, epochs=3, batch_size=64, **QUIET)
-    logits = Net().apply({"params": result.params}, data[0])
+    logits: Any = Net().apply({"params": result.params}, data[0])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, data[1])
     assert result.loss == pytest.approx(float(losses.mean()), rel=1e-5)
     assert result.sample_grads == 3 * 300
@@ -30,7 +32,8 @@ def test_result_reports_the_full_training_loss_and_every_gradient(data, params):
 
 def test_one_epoch_of_full_batches_is_plain_gradient_descent(data, params):  # noqa: F811
     def mean_loss(p):
-        return optax.softmax_cross_entropy_with_integer_labels(Net().apply({"params": p}, data[0]), data[1]).mean()
+        logits: Any = Net().apply({"params": p}, data[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, data[1]).mean()
 
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(mean_loss)(params))
     result = finetune(Net(), data, params, optimizer=optax.sgd(0.5), epochs=1, batch_size=300, **QUIET)

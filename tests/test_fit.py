@@ -1,5 +1,7 @@
 """fit_subset as a user meets it: stages, ends, models of every kind, masks, interruption."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from subsetopt import LBFGS, GaussNewton, Growth, Status, fit_subset
 from subsetopt.timing import compiled_programs
 
 SOLVERS = [GaussNewton(), GaussNewton(linear_solve="cg"), LBFGS()]
-QUIET = {"progress": False, "warmup_epochs": 0.5}
+QUIET: dict[str, Any] = {"progress": False, "warmup_epochs": 0.5}
 
 
 class Net(nn.Module):
@@ -96,7 +98,7 @@ def test_representative_stage_ends_with_its_best_probe_loss(data):
     probes = [p for p in result.history["probe_loss"] if p is not None]
     assert probes[-1] > 0.995 * probes[-2]
     probe = result.order[-30:]
-    logits = Net().apply({"params": result.params}, data[0][probe])
+    logits: Any = Net().apply({"params": result.params}, data[0][probe])
     losses = -jax.nn.log_softmax(logits)[np.arange(30), data[1][probe]]
     assert float(jnp.mean(losses)) == pytest.approx(min(probes), rel=1e-5)
 

@@ -1,6 +1,7 @@
 """What the README says works: its Python code runs, and the commands it names exist."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +25,28 @@ def commands(markdown: str) -> set[tuple[str, str]]:
     fenced, inline = r"^```.*?^```", r"`[^`\n]+`"
     code = "\n".join(re.findall(f"{fenced}|{inline}", markdown, flags=re.DOTALL | re.MULTILINE))
     return set(re.findall(r"(?<!\w)(make|(?<=python )-m) ([\w.-]+)(?=[\s`]|$)", code))
+
+
+def table_rows(record: dict) -> list[str]:
+    """The rows that the README shows of a record of the demo."""
+    final, config, adam = record["final"], record["config"], record["curves"]["adam"]
+    runs = [dict(zip(adam, values, strict=True)) for values in zip(*adam.values(), strict=True)]
+    longest = [run for run in runs if run["budget_epochs"] == max(adam["budget_epochs"])]
+    best = min(longest, key=lambda run: run["full_loss"])
+    best |= {"loss": best["full_loss"], "epochs": best["budget_epochs"]}
+    named = {
+        "Gauss-Newton": final["gauss_newton"],
+        "Gauss-Newton + fine-tuning": final["gauss_newton_finetune"],
+        "L-BFGS": final["lbfgs"],
+        "L-BFGS + fine-tuning": final["lbfgs_finetune"],
+        "Adam, tuned": best,
+    }
+    setting = f"{config['dataset']}, N = {config['examples']:,}, P = {config['parameters']:,}"
+    return [
+        f"| {setting} | {name} | {run['loss']:.2g} | {run['test_accuracy']:.2%} "
+        f"| {run['epochs']:.0f} | {run['flops'] / 1e12:.2g} | {run['seconds']:.0f} |"
+        for name, run in named.items()
+    ]
 
 
 def is_runnable(module: str) -> bool:
@@ -53,6 +76,12 @@ def test_commands_named_in_the_readme_exist(readme: str):
     assert named, "README.md names no command"
     assert {name for kind, name in named if kind == "make"} <= targets
     assert not {name for kind, name in named if kind == "-m" and not is_runnable(name)}
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10"])
+def test_numbers_in_the_readme_stand_in_the_records(readme: str, dataset: str):
+    record = json.loads((ROOT / f"experiments/results/demo/{dataset}.json").read_text())
+    assert [row for row in table_rows(record) if row not in readme] == []
 
 
 def test_blocks_keep_their_lines_and_their_order():
