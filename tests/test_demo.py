@@ -1,0 +1,72 @@
+"""The demo end to end, on a few hundred examples; and the progress it shows."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import records
+from subsetopt import progress
+
+
+@pytest.fixture(scope="module")
+def demo(run_python, tmp_path_factory):
+    """Runs the demo in a folder of the test's; its output and the folder."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    def run(*arguments: str) -> str:
+        folders = ("--out", folder / "out", "--results", folder / "results")
+        return run_python("-m", "experiments.demo", "--smoke", *folders, *arguments)
+
+    return run, folder
+
+
+def test_demo_runs_part_by_part_to_a_record_a_table_and_figures(demo):
+    run, folder = demo
+    assert run("--list").count("to do") == 3
+    run("--only", "method=lbfgs")
+    assert run("--list").count("to do") == 2
+    printed = run()
+    assert "lbfgs: has a result already" in printed
+    assert all(name in printed for name in ("Gauss-Newton", "L-BFGS", "fine-tuning", "Adam"))
+    assert {path.suffix for path in (folder / "out").glob("demo-*")} == {".pdf", ".png"}
+    record = records.read(folder / "results/demo/digits-smoke.json")
+    assert record["final"].keys() >= {"gauss_newton", "lbfgs", "gauss_newton_finetune", "adam"}
+    assert record["config"]["parameters"] == 1446
+    assert run("--list").count("done") == 3
+
+
+def test_bar_writes_plain_lines_to_a_log(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.Bar("fit", 4, show=True) as bar:
+        bar.update(1, "loss 2")
+    written = sys.stderr.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert written.startswith("fit: 1/4 loss 2 (")
+    assert "s left" in written
+
+
+def test_bar_is_silent_where_it_is_off(capfd: pytest.CaptureFixture):
+    with progress.Bar("fit", 4, show=False) as bar:
+        bar.update(4, "loss 2")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bar_on_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.Bar("fit", 4, show=True) as bar:
+        bar.update(4, "loss 2")
+    assert "4/4" in terminal.getvalue()
+    assert "loss 2" in terminal.getvalue()
+
+
+def test_only_names_the_parts_there_are(run_python, tmp_path: Path):
+    with pytest.raises(AssertionError, match="method=NAME"):
+        run_python("-m", "experiments.demo", "--only", "solver=adam", "--out", tmp_path)
