@@ -163,24 +163,25 @@ class _Run:
             )
             losses.append(mean * len(indices))
         loss = float(np.sum(jax.device_get(losses))) / self.problem.count
-        self.steps += len(losses)
-        self.cost += GRADIENT * self.problem.count
-        self.epoch += 1
-        if not math.isfinite(loss):
+        w = _flatten(self.problem, params)
+        if not (math.isfinite(loss) and bool(jnp.all(jnp.isfinite(w)))):
             self.status = Status.NONFINITE  # the parameters before this epoch stay
-        else:
-            self.params, self.opt_state = params, opt_state
-        return self._record(loss, self._validate())
+            params, opt_state = self.params, self.opt_state
+            w = _flatten(self.problem, params)
+        validation_loss = None if self.held_out is None else _mean_loss(self.held_out, w)
+        # All at once, so that an interrupted epoch leaves nothing behind.
+        self.params, self.opt_state, self.steps = params, opt_state, self.steps + len(losses)
+        self.epoch, self.cost = self.epoch + 1, self.cost + GRADIENT * self.problem.count
+        self._keep_best(validation_loss)
+        return self._record(loss, validation_loss)
 
-    def _validate(self) -> float | None:
-        if self.held_out is None:
+    def _keep_best(self, validation_loss: float | None) -> None:
+        if self.held_out is None or validation_loss is None:
             self.best = self.params
-            return None
-        loss = _mean_loss(self.held_out, _flatten(self.problem, self.params))
+            return
         self.cost += LOSS * self.held_out.count
-        if loss < self.best_loss:
-            self.best, self.best_loss, self.best_epoch = self.params, loss, self.epoch
-        return loss
+        if validation_loss < self.best_loss:
+            self.best, self.best_loss, self.best_epoch = self.params, validation_loss, self.epoch
 
     def _record(self, loss: float, validation_loss: float | None) -> Progress:
         row = (self.epoch, self.steps, loss, validation_loss, self.cost, self.watch.seconds)
