@@ -9,8 +9,9 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from paper_figures import style
 
@@ -47,9 +48,10 @@ def figure(record: dict) -> Figure:
         axes.set_title(name, loc="left", fontweight="bold", pad=14)
         axes.set_title("top: examples in the subset", loc="right", pad=14, **NOTE)
         axes.set(xscale="log", yscale="log", xlabel="cost (epochs of gradient evaluations)")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
     for axes, method in zip(panels, METHODS, strict=True):  # now that the limits are known
         mark_stages(axes, curves[method])
+        for axis in (axes.xaxis, axes.yaxis):
+            label_ticks(axis)
     panels[0].set_ylabel("cross-entropy loss (nats)")
     drawn.suptitle(message(curves))
     lines = panels[0].get_legend_handles_labels()[0]
@@ -77,6 +79,18 @@ def draw_adam(axes: Axes, curves: dict, method: str) -> None:
     axes.plot(*found, "D", color=style.VERMILION, markersize=5, zorder=5)
     place = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
     axes.annotate(f"{short(found[0])} epochs", found, color=style.VERMILION, **place)
+
+
+def label_ticks(axis: Axis) -> None:
+    """Plain numbers at as many ticks as fit: each decade, or some within it where there are few decades."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (
+        (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.8 else (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    )
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def mark_stages(axes: Axes, curve: dict) -> None:
