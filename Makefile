@@ -13,7 +13,7 @@ help:  ## these lines
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: .venv/experiments.stamp  ## subset training, fine-tuning and Adam on digits: a table and figures, in minutes
-	$(BIN)/python -m experiments.demo
+	$(BIN)/python -m experiments.demo --again
 
 test: lint  ## the linters, then every test
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
