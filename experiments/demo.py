@@ -30,7 +30,7 @@ SOLVERS = {"gauss_newton": GaussNewton(), "lbfgs": LBFGS()}
 METHODS = (*SOLVERS, "adam")
 NAMES = {"gauss_newton": "Gauss-Newton", "lbfgs": "L-BFGS"}
 # Adam's rates: few steps want larger ones. Wide enough for the best one to lie inside.
-LOW, HIGH, HIGHEST = (2e-3, 5e-3, 1e-2, 2e-2), (5e-3, 1e-2, 2e-2, 5e-2), (1e-2, 2e-2, 5e-2, 1e-1)
+LOW, HIGH, HIGHEST = (2e-3, 5e-3, 1e-2, 2e-2), (5e-3, 1e-2, 2e-2, 5e-2), (2e-2, 5e-2, 1e-1, 2e-1)
 
 
 @dataclasses.dataclass(frozen=True)
