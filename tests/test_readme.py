@@ -43,7 +43,7 @@ def table_rows(record: dict) -> list[str]:
     }
     setting = f"{config['dataset']}, N = {config['examples']:,}, P = {config['parameters']:,}"
     return [
-        f"| {setting} | {name} | {run['loss']:.2g} | {run['test_accuracy']:.2%} "
+        f"| {setting} | {name} | {run['loss']:.3g} | {run['test_accuracy']:.2%} "
         f"| {run['epochs']:.0f} | {run['flops'] / 1e12:.2g} | {run['seconds']:.0f} |"
         for name, run in named.items()
     ]
