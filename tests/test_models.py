@@ -14,6 +14,7 @@ PARAMETERS = {
     "digits": 1_446,
     "mnist14": 2_046,
     "mnist28": 5_398,
+    "mnist28-9k": 8_706,
     "mnist28-11k": 11_146,
     "cifar16": 3_030,
     "cifar32-4k": 3_878,
