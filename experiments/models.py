@@ -7,7 +7,7 @@ gradient, in microseconds an example, in jitted blocks of 128 on two CPU cores:
     digits         8x8x1      1,446    8 12               8
     mnist14        14x14x1    2,046    8 12              22
     mnist28        28x28x1    5,398    8 12 16           42
-    mnist28-9k     28x28x1    8,706    8 16 24           27
+    mnist28-9k     28x28x1    8,706    8 16 24           49
     mnist28-11k    28x28x1    11,146   8 16 32           52
     cifar16        16x16x3    3,030    8 12              24
     cifar32-4k     32x32x3    3,878    8 12 16           46
