@@ -68,7 +68,7 @@ def _packed(leaf: Any) -> np.ndarray:
 
 def _unpacked(found: Any, like: Any) -> Any:
     if isinstance(like, bool | int | float):
-        return type(like)(found)
+        return type(like)(np.asarray(found).item())  # enums of Python 3.12 take no arrays
     if isinstance(like, jax.Array) and jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(found)
     return jnp.asarray(found) if isinstance(like, jax.Array) else np.asarray(found)
