@@ -78,7 +78,7 @@ def _loss_block(objective: Objective, nothing: Any, shared: Any, block: Any) -> 
 
 
 def _product_block(objective: Objective, product: Array, shared: Any, block: Any) -> tuple[Array, Any]:
-    """V → J v → H J v → J' H J v, weighted and summed over the block."""
+    """Adds J' H J v, weighted and summed over the block: v → J v → H J v → J' H J v."""
     w, v, constants = shared
     x, y, weights = block
     outputs, jv = jax.jvp(lambda w: objective.model.outputs(w, constants, x), (w,), (v,))
@@ -100,7 +100,7 @@ def _row_block(objective: Objective, gram: Array, shared: Any, block: Any) -> tu
 
 
 def _add_gram(gram: Array, rows: Array) -> Array:
-    """Gram + R'R in panels of columns, below and on the diagonal blocks only: little over half the work."""
+    """Adds R'R to gram in panels of columns, below and on the diagonal blocks only: little over half the work."""
     p = gram.shape[0]
     width = -(-p // _PANELS)
     for start in range(0, p, width):
@@ -115,7 +115,7 @@ def _add_gram(gram: Array, rows: Array) -> Array:
 
 @partial(jax.jit, static_argnames="n")
 def _draw(key: Array, uncertainty: Array, count: Array, n: int) -> tuple[Array, Array]:
-    """N positions drawn with q_i = 0.1 / K + 0.9 s_i / sum s, and weights 1 / (n K q_i).
+    """Draw n positions with q_i = 0.1 / K + 0.9 s_i / sum s, and weights 1 / (n K q_i).
 
     Systematic: one random offset, equal steps through the cumulated q. Unbiased like independent draws, with less
     variance, and no example comes oftener than ceil(n q_i).
@@ -211,7 +211,7 @@ class Problem:
         )[0]
 
     def draw(self, key: Array, uncertainty: np.ndarray, n: int) -> tuple[np.ndarray, Sample]:
-        """N examples of the subset drawn by uncertainty: their positions in the subset, and the sample."""
+        """Draw n examples of the subset by uncertainty: their positions in the subset, and the sample."""
         # Padded to N examples: a growing subset changes no shape and recompiles nothing.
         padded = np.zeros(len(self.x), self.dtype)
         padded[: self.count] = uncertainty
