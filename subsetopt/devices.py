@@ -1,10 +1,11 @@
-"""Blocks over devices: the only file that knows devices exist.
+"""Where blocks are computed: the only file that knows devices and processes exist.
 
-A kernel is a pure function (static, sums, shared, block) -> (sums, each): it adds a block's contribution to `sums` and
-returns per-example values `each` (B, ...). On several devices every device keeps sums of its own over its part of
-each block; they are added once, by one `psum`, when the last block is done.
+On one device everything is a plain jit. On several it is one pmap over all devices of all processes, along one axis:
+each device keeps sums of its own over its part of every block, and they are added once, by one `psum`.
 """
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,61 +13,173 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from subsetopt import checks
 
+# (static, sums, shared, block) -> (sums, each): adds a block's contribution to `sums`, gives values `each` (B, ...)
 Kernel = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 AXIS = "data"
+_MEMORY_SHARE = 0.5  # of a device's memory that the data may fill; the rest is for the solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of one fit; equal ones share compiled code.
+
+    all: of every process, in the same order everywhere. local: those of this process, `first` the place of the first
+    of them in `all`.
+    """
+
+    all: tuple[Any, ...]
+    local: tuple[Any, ...]
+
+    @property
+    def count(self) -> int:
+        """Devices of all processes together."""
+        return len(self.all)
+
+    @property
+    def first(self) -> int:
+        """Place of this process's first device."""
+        return self.all.index(self.local[0])
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are CPUs."""
+        return self.all[0].platform == "cpu"
+
+    def block_size(self, wanted: int | None) -> int:
+        """A block size that splits evenly; the default is what the backend's kernels like (measured, not tuned)."""
+        size = wanted or (128 if self.on_cpu else 2048) * self.count
+        return -(-size // self.count) * self.count
+
+    def hold(self, size: int) -> bool:
+        """Whether every device has room for so many bytes of data beside the solver's own."""
+        stats = self.local[0].memory_stats() if not self.on_cpu else None
+        return stats is None or size <= _MEMORY_SHARE * stats["bytes_limit"]
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """Where everything else is computed: on the first of this process's devices."""
+        return jax.default_device(self.local[0])
+
+    def replicate(self, tree: Any) -> Any:
+        """The tree on every device of every process, each of which holds the same values; what is there stays."""
+        if self.count == 1:
+            return jax.device_put(tree)
+        everywhere = NamedSharding(Mesh(np.array(self.all), (AXIS,)), PartitionSpec())
+        if len(self.local) == self.count:
+            return jax.device_put(tree, everywhere)
+        return jax.tree.map(functools.partial(_from_every_process, everywhere), tree)
+
+    def here(self, tree: Any) -> Any:
+        """What is replicated, as arrays of this process's first device; nothing is copied."""
+        if self.count == 1:
+            return tree
+        return jax.tree.map(lambda a: a.addressable_data(0) if isinstance(a, Array) else a, tree)
+
+    # --- the host driver: one block a call -------------------------------------------------------------------------
+
+    def start(self, sums: Any) -> Any:
+        """`sums` to add to, which are given away: the first device begins with them, the others with zeros."""
+        if self.count == 1:
+            return sums
+
+        def spread(a: Array) -> Array:
+            zeros = jnp.zeros((len(self.local), *a.shape), a.dtype)
+            return self._local(zeros.at[0].set(a) if self.first == 0 else zeros, AXIS)
+
+        return jax.tree.map(spread, sums)
+
+    def share(self, tree: Any) -> Any:
+        """What every block needs, on this process's devices."""
+        return tree if self.count == 1 else self._local(tree, None)
+
+    def _local(self, tree: Any, axis: str | None) -> Any:
+        return jax.device_put(tree, NamedSharding(Mesh(np.array(self.local), (AXIS,)), PartitionSpec(axis)))
+
+    def run(self, kernel: Kernel, static: Any, sums: Any, shared: Any, block: Any) -> tuple[Any, Any]:
+        """This process's part of one block: arrays whose rows are split evenly over the local devices."""
+        if self.count > 1:
+            block = jax.tree.map(lambda a: a.reshape(len(self.local), -1, *a.shape[1:]), block)
+        return _block_program(kernel, self)(static, sums, shared, block)
+
+    def rows(self, values: Any) -> Any:
+        """Per-example values that `run` gave, in the order of the rows it was given."""
+        return values if self.count == 1 else jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), values)
+
+    def finish(self, sums: Any, each: Any) -> tuple[Any, Any]:
+        """The sums over all devices, and per-example values, of which other processes have other rows, complete."""
+        if self.count == 1:
+            return sums, each
+        if len(self.local) == self.count:
+            return (self.here(_total_program(self)(sums)) if jax.tree.leaves(sums) else sums), each
+        # Rows of other processes are zero here, and the other way round: adding completes them.
+        padded = jax.tree.map(lambda a: np.stack([a, *[np.zeros_like(a)] * (len(self.local) - 1)]), each)
+        sums, each = self.here(_total_program(self)((sums, padded)))
+        return sums, jax.tree.map(np.asarray, each)
+
+    # --- the compiled driver: a whole loop a call ------------------------------------------------------------------
+
+    def compiled(self, function: Callable) -> Callable:
+        """function(static, *trees) as one program over all devices; trees and results are replicated."""
+        if self.count == 1:
+            return _single_program(function)
+        ranks = np.arange(len(self.local))  # pmap wants something to map over
+        return lambda static, *trees: _loop_program(function, self, len(trees))(static, ranks, *trees)
+
+    def rank(self) -> Any:
+        """The place of the device that runs; inside `compiled` only."""
+        return 0 if self.count == 1 else lax.axis_index(AXIS)
+
+    def total(self, tree: Any) -> Any:
+        """The sum over all devices, one all-reduce for the whole tree; inside `compiled` only."""
+        return tree if self.count == 1 else lax.psum(tree, AXIS)
+
+
+def choose(devices: Sequence[Any] | None) -> Devices:
+    """The given devices of this process, or all there are, those of other processes included."""
+    checks.devices(devices, jax.Device)
+    if devices is not None:
+        return Devices(tuple(devices), tuple(devices))
+    return Devices(tuple(jax.devices()), tuple(jax.local_devices()))
+
+
+def _from_every_process(sharding: NamedSharding, a: Any) -> Array:
+    if isinstance(a, Array) and a.sharding == sharding:
+        return a
+    is_key = isinstance(a, Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+    values = np.asarray(jax.random.key_data(a) if is_key else a)
+    placed = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+    return jax.random.wrap_key_data(placed) if is_key else placed
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(kernel: Kernel, devices: tuple[Any, ...]) -> Callable:
-    if len(devices) == 1:
+def _block_program(kernel: Kernel, devices: Devices) -> Callable:
+    if devices.count == 1:
         return jax.jit(kernel, static_argnums=0, donate_argnums=1)
+    # Each process works on its own: what they computed is added by `finish` alone.
     return jax.pmap(
-        kernel, AXIS, in_axes=(None, 0, None, 0), static_broadcasted_argnums=0, donate_argnums=1, devices=devices
+        kernel, AXIS, in_axes=(None, 0, None, 0), static_broadcasted_argnums=0, donate_argnums=1, devices=devices.local
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _psum(devices: tuple[Any, ...]) -> Callable:
-    return jax.pmap(lambda sums: jax.lax.psum(sums, AXIS), AXIS, in_axes=0, out_axes=None, devices=devices)
+def _total_program(devices: Devices) -> Callable:
+    return jax.pmap(lambda tree: lax.psum(tree, AXIS), AXIS, in_axes=0, out_axes=None, devices=devices.all)
 
 
-class Devices:
-    """The devices of one fit. One device: plain jit. Several: pmap, each block split evenly over them."""
+@functools.lru_cache(maxsize=64)
+def _single_program(function: Callable) -> Callable:
+    return jax.jit(function, static_argnums=0)
 
-    def __init__(self, devices: Sequence[Any] | None = None):
-        checks.devices(devices, jax.Device)
-        self.devices: tuple[Any, ...] = tuple(jax.local_devices() if devices is None else devices)
 
-    def block_size(self, wanted: int | None) -> int:
-        """A block size that splits evenly; the default is what the backend's kernels like (measured, not tuned)."""
-        size = wanted or (128 if self.devices[0].platform == "cpu" else 2048) * len(self.devices)
-        return -(-size // len(self.devices)) * len(self.devices)
+@functools.lru_cache(maxsize=64)
+def _loop_program(function: Callable, devices: Devices, trees: int) -> Callable:
+    def replica(static: Any, rank: Array, *trees: Any) -> Any:
+        return function(static, *trees)
 
-    def start(self, sums: Any) -> Any:
-        """Zeros to add to, one set a device."""
-        if len(self.devices) == 1:
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
-        return jax.tree.map(lambda s: jnp.zeros((len(self.devices), *s.shape), s.dtype), sums)
-
-    def run(self, kernel: Kernel, static: Any, sums: Any, shared: Any, block: Any) -> tuple[Any, Any]:
-        """One block, arrays with B rows each; B is a multiple of the number of devices."""
-        count = len(self.devices)
-        if count > 1:
-            block = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), block)
-        else:
-            block = jax.device_put(block, self.devices[0])  # what is committed decides where the kernel runs
-        return _compiled(kernel, self.devices)(static, sums, shared, block)
-
-    def finish(self, sums: Any, each: list[Any], length: int) -> tuple[Any, Any]:
-        """The sums over all devices, and the per-example values of all blocks as arrays of `length` rows."""
-        if len(self.devices) > 1 and jax.tree.leaves(sums):
-            sums = _psum(self.devices)(sums)
-        lead = 1 if len(self.devices) == 1 else 2
-        gathered = jax.tree.map(
-            lambda *parts: np.concatenate([np.asarray(p).reshape(-1, *p.shape[lead:]) for p in parts])[:length], *each
-        )
-        return sums, gathered
+    axes = (None, 0, *[None] * trees)
+    return jax.pmap(replica, AXIS, in_axes=axes, out_axes=None, static_broadcasted_argnums=0, devices=devices.all)

@@ -114,7 +114,7 @@ def finetune(
     watched = None if validation is None else held_out(problem, validation, loss, w)
     optimizer = checks.optimizer(optimizer) or optax.adam(1e-3)
     run = _Run(problem, w, optimizer, trainable, batch_size, seed, watched)
-    plan = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "examples": problem.count}
+    plan = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "examples": problem.examples}
     saver = Checkpoint(checkpoint, plan | {"parameters": problem.parameters})
     run.resume(saver)
     with Bar("finetune", epochs, progress) as bar:
@@ -157,12 +157,12 @@ class _Run:
 
     def one_epoch(self) -> Progress:
         params, opt_state, losses = self.params, self.opt_state, []
-        for indices in minibatches(self.problem.count, self.batch_size, self.seed, self.epoch):
+        for indices in minibatches(self.problem.examples, self.batch_size, self.seed, self.epoch):
             params, opt_state, mean = descend(
                 self.problem, self.optimizer, params, opt_state, self.mask, indices, self.batch_size
             )
             losses.append(mean * len(indices))
-        loss = float(np.sum(jax.device_get(losses))) / self.problem.count
+        loss = float(np.sum(jax.device_get(losses))) / self.problem.examples
         w = _flatten(self.problem, params)
         if not (math.isfinite(loss) and bool(jnp.all(jnp.isfinite(w)))):
             self.status = Status.NONFINITE  # the parameters before this epoch stay
@@ -171,7 +171,7 @@ class _Run:
         validation_loss = None if self.held_out is None else _mean_loss(self.held_out, w)
         # All at once, so that an interrupted epoch leaves nothing behind.
         self.params, self.opt_state, self.steps = params, opt_state, self.steps + len(losses)
-        self.epoch, self.cost = self.epoch + 1, self.cost + GRADIENT * self.problem.count
+        self.epoch, self.cost = self.epoch + 1, self.cost + GRADIENT * self.problem.examples
         self._keep_best(validation_loss)
         return self._record(loss, validation_loss)
 
@@ -179,7 +179,7 @@ class _Run:
         if self.held_out is None or validation_loss is None:
             self.best = self.params
             return
-        self.cost += LOSS * self.held_out.count
+        self.cost += LOSS * self.held_out.examples
         if validation_loss < self.best_loss:
             self.best, self.best_loss, self.best_epoch = self.params, validation_loss, self.epoch
 
@@ -189,7 +189,7 @@ class _Run:
             column.append(value)
         p = self.problem
         return Progress(
-            -1, p.count, p.ratio, self.steps, loss, validation_loss, math.nan, self.cost, row[-1], self.params
+            -1, p.examples, p.ratio, self.steps, loss, validation_loss, math.nan, self.cost, row[-1], self.params
         )
 
     # --- begin and end ---------------------------------------------------------------------------------------------
@@ -276,13 +276,14 @@ def warm_up(problem: Problem, w: Array, mask: Params | None, epochs: float, seed
 
     A first-order start: far from a minimum a Gauss-Newton model is not worth its price (heuristic, measured).
     """
-    batch_size = min(128, problem.count)
-    per_epoch = -(-problem.count // batch_size)
+    examples = int(problem.count)
+    batch_size = min(128, examples)
+    per_epoch = -(-examples // batch_size)
     steps = max(1, round(epochs * per_epoch))
     optimizer = _warm_up_optimizer(steps)
     params = problem.objective.model.unflatten(w, problem.constants)
     opt_state, cost = optimizer.init(params), 0.0
-    batches = (b for epoch in itertools.count() for b in minibatches(problem.count, batch_size, seed, epoch))
+    batches = (b for epoch in itertools.count() for b in minibatches(examples, batch_size, seed, epoch))
     for indices in itertools.islice(batches, steps):
         batch = problem.subset[indices]
         params, opt_state, _ = descend(problem, optimizer, params, opt_state, mask, batch, batch_size)

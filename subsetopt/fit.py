@@ -12,13 +12,14 @@ from jax import Array
 
 from subsetopt import checks
 from subsetopt.checkpoint import Checkpoint
+from subsetopt.drivers import Sample
 from subsetopt.finetune import warm_up
 from subsetopt.gauss_newton import GaussNewton
 from subsetopt.growth import Growth, draw_order
 from subsetopt.model import Params, mask_tree
-from subsetopt.problem import LOSS, Problem, Sample, make_problem
+from subsetopt.problem import LOSS, Problem, make_problem, placed, subset_of
 from subsetopt.progress import Bar
-from subsetopt.solve import Progress, Solver, State, Status, evaluated
+from subsetopt.solve import Progress, Solver, State, Status, advance, evaluated
 from subsetopt.timing import Stopwatch
 
 PROBE_EXAMPLES, PROBE_SHARE = (1000, 0.1)  # the probe: 1,000 examples, but at most a tenth of the training set
@@ -97,6 +98,7 @@ def fit_subset(
     target_loss: float | None = None,
     block_size: int | None = None,
     devices: Any = None,
+    driver: str = "auto",
     callback: Callable[[Progress], Any] | None = None,
     progress: bool = True,
     checkpoint: Any = None,
@@ -121,8 +123,12 @@ def fit_subset(
         max_steps: solver steps in all stages together; None: the solver's own.
         target_loss: ends the last stage (one that is not redrawn); a smaller subset's loss never ends the fit.
         block_size: examples evaluated at once; changes no result beyond rounding.
-        devices: JAX devices of this process to spread blocks over; None: all local ones.
-        callback: called with a `Progress` after each step; return True to stop.
+        devices: JAX devices of this process to spread blocks over; None: all there are, of all processes that
+            `jax.distributed.initialize()` has joined (each of them makes the same call with the same data).
+        driver: "host": blocks from Python, also from data larger than the device; "compiled": many steps in one
+            program, data on the device; "auto": compiled on accelerators that hold the data, host elsewhere.
+        callback: called with a `Progress` after each step (compiled: each `solver.check_every` steps); return True to
+            stop.
         progress: show a progress bar (plain lines in a log).
         checkpoint: folder to save to and to resume from.
 
@@ -142,6 +148,7 @@ def fit_subset(
     checks.folder("checkpoint", checkpoint)
     checks.real_number("warmup_epochs", warmup_epochs, 0)
     checks.function("callback", callback)
+    checks.choice("driver", driver, ("auto", "host", "compiled"))
     if target_loss is not None:
         checks.real_number("target_loss", target_loss)
     with jax.default_matmul_precision("highest"):  # the GPU default, TF32, is too coarse for a line search
@@ -157,28 +164,33 @@ def fit_subset(
             devices=devices,
         )
         max_steps, seed, warmup_epochs = int(max_steps), int(seed), float(warmup_epochs)  # JSON knows no NumPy numbers
-        fit = _Fit(problem, solver, growth, until, max_steps, target_loss, seed)
-        saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs})
-        mask = (
-            None if trainable is None else mask_tree(problem.objective.model.unflatten(w, problem.constants), trainable)
-        )
-        with Bar("fit_subset", max_steps, progress) as bar:
-            fit.run(w, mask, warmup_epochs, callback, bar, saver)
-        return fit.result()
+        with problem.driver.devices.context():
+            fit = _Fit(problem, placed(problem, driver), solver, growth, until, max_steps, target_loss, seed)
+            saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs})
+            mask = (
+                None
+                if trainable is None
+                else mask_tree(problem.objective.model.unflatten(w, problem.constants), trainable)
+            )
+            with Bar("fit_subset", max_steps, progress) as bar:
+                fit.run(w, mask, warmup_epochs, callback, bar, saver)
+            return fit.result()
 
 
 class _Fit:
     """One fit: the stages, where it stands, and what it has cost."""
 
-    def __init__(self, problem, solver, growth, until, max_steps, target_loss, seed):
-        self.problem, self.solver, self.growth, self.until = problem, solver, growth, until
+    def __init__(self, host, problem, solver, growth, until, max_steps, target_loss, seed):
+        # The same problem twice: for what is done from Python (warm-up, probe), and for the solver's driver.
+        self.host, self.problem = host, problem
+        self.solver, self.growth, self.until = solver, growth, until
         self.max_steps, self.target_loss, self.seed = max_steps, target_loss, seed
-        n = problem.count
+        n = problem.examples
         probe = min(PROBE_EXAMPLES, int(PROBE_SHARE * n))
         self.sizes = growth.sizes(n, problem.parameters, problem.outputs, probe)
-        self.order = draw_order(problem.y, seed)
-        indices = self.order[n - probe :]
-        self.probe = Sample(indices, np.full(probe, 1 / max(probe, 1))) if probe and self.sizes[0] < n else None
+        self.order = draw_order(host.y, seed)
+        watched = probe > 0 and self.sizes[0] < n
+        self.probe: Sample | None = subset_of(self.order[n - probe :], problem.dtype) if watched else None
         self.pool = self.order[: n - probe]
         # Where the fit stands; all of it is in a checkpoint.
         self.stage, self.n_steps, self.stage_steps, self.probe_cost, self.status = (0, 0, 0, 0.0, Status.RUNNING)
@@ -191,7 +203,7 @@ class _Fit:
     def description(self) -> dict[str, Any]:
         """What a resumed run must share with the first one."""
         return {
-            "examples": len(self.problem.x),
+            "examples": self.problem.examples,
             "parameters": self.problem.parameters,
             "solver": repr(self.solver),
             "growth": repr(self.growth),
@@ -209,7 +221,7 @@ class _Fit:
         resumed = self._resume(saver)
         try:
             if warmup_epochs and not resumed:
-                pool = self.problem.on(self.pool if self.probe is not None else self.order)
+                pool = self.host.on(self.pool if self.probe is not None else self.order)
                 w, cost = warm_up(pool, w, mask, warmup_epochs, self.seed)
                 self.state = self.state.replace(w=w, cost=cost)
             self._enter_stage(resumed)
@@ -225,13 +237,13 @@ class _Fit:
 
     def _enter_stage(self, resumed: bool = False) -> None:
         """The problem of this stage, with the warm start in the state."""
-        self.fresh = not self.growth.nested and self.sizes[self.stage] < len(self.problem.x)
+        self.fresh = not self.growth.nested and self.sizes[self.stage] < self.problem.examples
         self.problem = self._subset()
         if resumed:
             return
         self.state = self.state.replace(known=False, status=Status.RUNNING)
         self.stage_steps, self.best_probe, self.last_check, self.best_w = (0, math.inf, math.inf, self.state.w)
-        self.stage_begin = (self._cost(), self.state.evals, self.watch.seconds)
+        self.stage_begin = (self._cost(), int(self.state.evals), self.watch.seconds)
 
     def _subset(self) -> Problem:
         """The first K of the order, or K fresh ones of the pool, the same for the same seed and step."""
@@ -242,17 +254,26 @@ class _Fit:
         return self.problem.on(rng.choice(self.pool, size, replace=False, shuffle=False), fresh=True)
 
     def _step(self, callback: Any, bar: Bar) -> None:
-        before = self.state.w
-        self.state = self.solver.step(self.problem, self.state)
-        self.n_steps += 1
-        self.stage_steps += 1
+        target = -math.inf if self.target_loss is None or not self._is_last_stage() else self.target_loss
+        self.state, steps = advance(self.problem, self.solver, self.state, self._steps_at_once(), target)
+        self.n_steps += steps
+        self.stage_steps += steps
         progress = self._record()
         bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
-        if self.fresh and self.state.w is not before:
+        if self.fresh and not self.state.known:  # the step was taken
             self.problem = self._subset()
-            self.state = self.state.replace(known=False)
         if callback is not None and callback(progress):
             self.status = Status.STOPPED
+
+    def _steps_at_once(self) -> int:
+        """Steps until something has to be looked at from here."""
+        if self.fresh:
+            return 1
+        to_check = self.solver.check_every - self.stage_steps % self.solver.check_every
+        to_growth = (
+            self.until - self.stage_steps if isinstance(self.until, int) and not self._is_last_stage() else to_check
+        )
+        return min(to_check, to_growth, self.max_steps - self.n_steps)
 
     def _end_stage_or_go_on(self) -> None:
         ended = self._stage_status()
@@ -272,7 +293,7 @@ class _Fit:
         """Whether the stage ends here, and why."""
         last = self._is_last_stage()
         if self.state.status != Status.RUNNING:
-            return Status(self.state.status)
+            return Status(int(self.state.status))
         if last and self.target_loss is not None and self.state.known and self._loss() <= self.target_loss:
             return Status.TARGET_REACHED
         if self.until == "representative" and self.probe is not None and self._probe_is_outside():
@@ -305,11 +326,9 @@ class _Fit:
 
     def _record(self) -> Progress:
         probe = None if self.stage_steps % self.solver.check_every else self._probe_loss()
-        evaluation = self.state.evaluation
-        norm = float(np.linalg.norm(np.asarray(evaluation.grad)))
         row = (
-            *(self.stage, self.problem.count, self.problem.ratio, self.n_steps),
-            *(self._loss(), probe, norm, self._cost(), self.watch.seconds),
+            *(self.stage, int(self.problem.count), float(self.problem.ratio), self.n_steps),
+            *(self._loss(), probe, float(self.state.evaluation.norm), self._cost(), self.watch.seconds),
         )
         for column, value in zip(self.history.values(), row, strict=True):
             column.append(value)
@@ -320,7 +339,7 @@ class _Fit:
         if self.probe is None or not self._probe_is_outside():
             return None
         self.probe_cost += LOSS * len(self.probe.indices)
-        return float(self.probe.weights @ self.problem.losses(self.state.w, self.probe))
+        return float(self.probe.weights @ self.host.losses(self._here(self.state.w), self.probe))
 
     def _close_stage(self, status: Status) -> None:
         if self.stage_steps == 0:  # interrupted before its first step: nothing is known of it
@@ -332,7 +351,8 @@ class _Fit:
         else:
             probe = self._probe_loss()
         row = (
-            *(self.problem.count, self.problem.ratio, status.name, self.stage_steps, self.state.evals - evals),
+            *(int(self.problem.count), float(self.problem.ratio), status.name),
+            *(self.stage_steps, int(self.state.evals) - evals),
             *(self._cost() - cost, self._loss(), probe, self.watch.seconds - seconds),
         )
         self.stages.append(dict(zip(_STAGE, row, strict=True)))
@@ -341,16 +361,18 @@ class _Fit:
         return float(self.state.evaluation.value)
 
     def _cost(self) -> float:
-        return self.state.cost + self.probe_cost
+        return float(self.state.cost) + self.probe_cost
+
+    def _here(self, tree: Any) -> Any:
+        return self.host.driver.devices.here(tree)
 
     def _params(self, w: Array) -> Params:
-        return self.problem.objective.model.unflatten(w, self.problem.constants)
+        return self.host.objective.model.unflatten(self._here(w), self.host.constants)
 
     def result(self) -> FitResult:
         """The result at the current point, whose loss on the last subset is evaluated if it is not known."""
-        self.state: State = evaluated(self.problem, self.state)
-        evaluation = self.state.evaluation
-        norm = float(np.linalg.norm(np.asarray(evaluation.grad)))
+        subset = dataclasses.replace(self.host, subset=self.problem.subset, count=self.problem.count)
+        self.state: State = evaluated(subset, self._here(self.state))
         message = self.status.message
         if self.problem.ratio < 1:
             message += (
@@ -358,8 +380,8 @@ class _Fit:
                 "not unique and says little about unseen data; use more data or fewer parameters."
             )
         return FitResult(
-            *(self._params(self.state.w), self._loss(), norm, self.status, message),
-            *(self.n_steps, self.state.evals, self._cost(), self.watch.seconds, self.watch.compile_seconds),
+            *(self._params(self.state.w), self._loss(), float(self.state.evaluation.norm), self.status, message),
+            *(self.n_steps, int(self.state.evals), self._cost(), self.watch.seconds, self.watch.compile_seconds),
             *(self.order, self.stages, self.history),
         )
 

@@ -6,61 +6,79 @@ cleared where the subset changes (another objective) and once where a line searc
 """
 
 import dataclasses
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from subsetopt import checks, linesearch
 from subsetopt.growth import Growth
-from subsetopt.problem import GRADIENT, Problem
-from subsetopt.solve import State, Status, converged, evaluated, moved, start
+from subsetopt.problem import GRADIENT, Evaluation, Problem
+from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
 
 class Pairs(NamedTuple):
-    """The last m pairs, newest at the end; s, y (m, P), rho (m,): 1 / s.y, zero for an empty place."""
+    """The last m pairs, oldest first; s, y: m vectors (P,) each, a list so that a new pair moves no other.
 
-    s: Array
-    y: Array
+    rho (m,): 1 / s.y, zero for an empty place.
+    """
+
+    s: tuple[Array, ...]
+    y: tuple[Array, ...]
     rho: Array
     gamma: Array
 
 
+class Line(NamedTuple):
+    """A line search on its way: along `direction`, of slope `slope0`, next at step length t.
+
+    best, evaluation, phi: the lowest point so far and how far below the start it is (normalised as in linesearch).
+    pairs: the memory, empty once steepest descent has its turn.
+    """
+
+    search: linesearch.Search
+    direction: Array
+    slope0: Array
+    t: Array
+    trials: Array
+    evals: Array
+    best: Array
+    evaluation: Evaluation
+    phi: Array
+    pairs: Pairs
+    done: Array
+
+
+def _two_loop(pairs: Pairs, grad: Array) -> Array:
+    """-H g, Algorithm 7.4."""
+    q, alphas = grad, []
+    for s, y, rho in reversed(list(zip(pairs.s, pairs.y, pairs.rho, strict=True))):
+        alphas.append(rho * jnp.vdot(s, q))
+        q = q - alphas[-1] * y
+    r = pairs.gamma * q
+    for s, y, rho, alpha in zip(pairs.s, pairs.y, pairs.rho, reversed(alphas), strict=True):
+        r = r + (alpha - rho * jnp.vdot(y, r)) * s
+    return -r
+
+
 @jax.jit
 def _direction(pairs: Pairs, grad: Array) -> tuple[Array, Array]:
-    """-H g by the two-loop recursion, Algorithm 7.4, and its slope g.d."""
-    m = pairs.rho.shape[0]
-
-    def newest_first(i: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        q, alphas = carry
-        j = m - 1 - i
-        alpha = pairs.rho[j] * jnp.vdot(pairs.s[j], q)
-        return q - alpha * pairs.y[j], alphas.at[j].set(alpha)
-
-    def oldest_first(j: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        r, alphas = carry
-        beta = pairs.rho[j] * jnp.vdot(pairs.y[j], r)
-        return r + (alphas[j] - beta) * pairs.s[j], alphas
-
-    q, alphas = lax.fori_loop(0, m, newest_first, (grad, jnp.zeros_like(pairs.rho)))
-    r, _ = lax.fori_loop(0, m, oldest_first, (pairs.gamma * q, alphas))
-    return -r, -jnp.vdot(grad, r)
+    """A descent direction and its slope: of quasi-Newton, or of length one against the gradient without a memory."""
+    norm = jnp.linalg.norm(grad)
+    direction = _two_loop(pairs, grad)
+    slope = jnp.vdot(grad, direction)
+    descends = jnp.any(pairs.rho > 0) & (slope < 0)
+    return jnp.where(descends, direction, -grad / norm), jnp.where(descends, slope, -norm)
 
 
 @jax.jit
-def _remember(pairs: Pairs, s: Array, y: Array, threshold: Array) -> Pairs:
-    """The pairs with (s, y) appended, unless its curvature s.y is not clearly positive."""
+def _curvature(s: Array, y: Array, threshold: Array) -> tuple[Array, Array, Array]:
+    """Whether the pair's curvature s.y is clearly positive; rho; gamma."""
     sy, yy, ss = jnp.vdot(s, y), jnp.vdot(y, y), jnp.vdot(s, s)
-    good = sy > threshold * jnp.sqrt(ss) * jnp.sqrt(yy)
-
-    def push(stack: Array, new: Array) -> Array:
-        return jnp.concatenate([stack[1:], new[None]])
-
-    safe = jnp.where(good, sy, 1)
-    new = Pairs(push(pairs.s, s), push(pairs.y, y), push(pairs.rho, 1 / safe), sy / jnp.where(good, yy, 1))
-    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, pairs)
+    return sy > threshold * jnp.sqrt(ss) * jnp.sqrt(yy), 1 / sy, sy / yy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,67 +112,103 @@ class LBFGS:
 
     def init(self, problem: Problem, w: Array) -> State:
         """The state before the first step from w (P,): an empty memory."""
-        return start(w, self._empty(w))
+        return start(problem, w, self._empty(w))
 
     def step(self, problem: Problem, state: State) -> State:
         """One quasi-Newton step: direction, line search, memory."""
-        if not state.known:
-            state = evaluated(problem, state).replace(memory=self._empty(state.w))
-        if state.status == Status.NONFINITE:
-            return state
-        if converged(state, self._tolerance(problem.dtype)):
-            return state.replace(status=Status.CONVERGED)
-        after = self._search(problem, state)
-        if after.evaluation is state.evaluation and bool(np.any(state.memory.rho)):
-            # A memory that gives no improving step is thrown away once; steepest descent has the last word.
-            after = self._search(problem, after.replace(memory=self._empty(state.w)))
-        if after.evaluation is state.evaluation:
-            return after.replace(status=Status.STALLED)
-        return after
+        # Another subset is another objective.
+        memory = problem.driver.cond(state.known, lambda m: m, lambda m: self._empty(state.w), state.memory)
+        state = ended(problem, evaluated(problem, state).replace(memory=memory), self._tolerance(problem.dtype))
+        search = partial(self._search, problem)
+        return problem.driver.cond(state.status == Status.RUNNING, search, lambda state: state, state)
 
     def _tolerance(self, dtype: np.dtype) -> float:
         default = 1e-4 if dtype == np.float32 else 1e-7
         return default if self.tolerance is None else self.tolerance
 
     def _empty(self, w: Array) -> Pairs:
-        stack = jnp.zeros((self.memory, w.size), w.dtype)
-        return Pairs(stack, stack, jnp.zeros(self.memory, w.dtype), jnp.zeros((), w.dtype))
+        stack, zero = (jnp.zeros_like(w),) * self.memory, jnp.zeros((), w.dtype)
+        return Pairs(stack, stack, jnp.zeros(self.memory, w.dtype), zero)
 
     def _search(self, problem: Problem, state: State) -> State:
-        """The state after a line search; the same evaluation where no trial lowers the loss."""
-        before = state.evaluation
-        direction, slope = _first_or_quasi_newton(state.memory, before.grad)
-        search = linesearch.begin(float(slope), float(before.value), problem.dtype)
-        best, best_phi, t, trials = None, 0.0, 1.0, 0
-        whole = problem.whole()
-        while trials < self.max_trials and search.slope0 < 0:
-            w = state.w + problem.dtype.type(t) * direction
-            trial = problem.evaluate(w)
-            trials += 1
-            phi = problem.difference(w, state.w, trial.losses, before.losses, whole.weights)
-            point = linesearch.Point(t, float(phi), float(jnp.vdot(trial.grad, direction)))
-            if np.isfinite(point.slope) and point.phi < best_phi:
-                best, best_phi = (w, trial), point.phi
-            if linesearch.accepts(search, point):
-                break
-            search = linesearch.narrow(search, point)
-            t = linesearch.propose(search)
-        state = state.replace(cost=state.cost + GRADIENT * trials * problem.count, evals=state.evals + trials)
-        if best is None:
-            return state
-        w, evaluation = best
-        memory = _remember(
-            state.memory, w - state.w, evaluation.grad - before.grad, problem.dtype.type(self.pair_threshold)
+        """The state after a line search; STALLED where no trial lowers the loss."""
+        line = problem.driver.while_loop(
+            lambda line: ~line.done,
+            partial(self._trial, problem, state),
+            _begin(state.memory, state.w, state.evaluation),
         )
-        return moved(problem, state, w, evaluation).replace(memory=memory)
+        state = charged(state, GRADIENT, line.evals * problem.count, line.evals)
 
+        def accept(state: State) -> State:
+            memory = self._remember(problem, line.pairs, *_pair(line.best, state.w, line.evaluation, state.evaluation))
+            return moved(state, line.best, line.evaluation).replace(memory=memory)
 
-def _first_or_quasi_newton(pairs: Pairs, grad: Array) -> tuple[Array, Array]:
-    return _direction(pairs, grad) if bool(np.any(pairs.rho)) else _steepest(grad)
+        def stall(state: State) -> State:
+            return state.replace(status=jnp.full_like(state.status, Status.STALLED))
+
+        return problem.driver.cond(line.phi < 0, accept, stall, state)
+
+    def _trial(self, problem: Problem, state: State, line: Line) -> Line:
+        """One evaluation, and what follows from it."""
+        w = _along(state.w, line.t, line.direction)
+        trial, before = problem.evaluate(w), state.evaluation
+        difference = problem.difference(w, state.w, trial.losses, before.losses, problem.whole().weights)
+        search, t, better, done = _judge(self.max_trials, line._replace(pairs=None), difference, trial.grad)
+        line = line._replace(search=search, t=t, trials=line.trials + 1, evals=line.evals + 1, done=done)
+
+        def keep(line: Line) -> Line:
+            return line._replace(best=w, evaluation=trial, phi=difference)
+
+        def anew(line: Line) -> Line:
+            return _begin(self._empty(w), state.w, before)._replace(evals=line.evals)
+
+        line = problem.driver.cond(better, keep, lambda line: line, line)
+        # A memory that gives no improving step is thrown away once: steepest descent has the last word.
+        again = line.done & ~(line.phi < 0) & jnp.any(line.pairs.rho > 0)
+        return problem.driver.cond(again, anew, lambda line: line, line)
+
+    def _remember(self, problem: Problem, pairs: Pairs, s: Array, y: Array) -> Pairs:
+        """The pairs with (s, y) appended, unless its curvature is not clearly positive."""
+        good, rho, gamma = _curvature(s, y, problem.dtype.type(self.pair_threshold))
+
+        def push(pairs: Pairs) -> Pairs:
+            return Pairs((*pairs.s[1:], s), (*pairs.y[1:], y), _push(pairs.rho, rho), gamma)
+
+        return problem.driver.cond(good, push, lambda pairs: pairs, pairs)
 
 
 @jax.jit
-def _steepest(grad: Array) -> tuple[Array, Array]:
-    """A first step of length one, whatever the loss's scale."""
-    norm = jnp.linalg.norm(grad)
-    return -grad / norm, -norm
+def _push(values: Array, new: Array) -> Array:
+    return jnp.concatenate([values[1:], new[None]])
+
+
+@jax.jit
+def _begin(pairs: Pairs, w: Array, before: Evaluation) -> Line:
+    direction, slope = _direction(pairs, before.grad)
+    one, zero, none = jnp.ones_like(before.value), jnp.zeros_like(before.value), jnp.zeros((), np.int32)
+    search = linesearch.begin(slope, before.value)
+    return Line(search, direction, slope, one, none, none, w, before, zero, pairs, none > 0)
+
+
+@jax.jit
+def _along(w: Array, t: Array, direction: Array) -> Array:
+    return w + t * direction
+
+
+@jax.jit
+def _pair(w: Array, w0: Array, evaluation: Evaluation, before: Evaluation) -> tuple[Array, Array]:
+    return w - w0, evaluation.grad - before.grad
+
+
+@partial(jax.jit, static_argnums=0)
+def _judge(
+    max_trials: int, line: Line, difference: Array, grad: Array
+) -> tuple[linesearch.Search, Array, Array, Array]:
+    """The search after a trial, the next step length, whether this is the best point so far, and whether it ends."""
+    scale = jnp.abs(line.slope0)
+    point = linesearch.Point(line.t, difference / scale, jnp.vdot(grad, line.direction) / scale)
+    better = jnp.isfinite(point.slope) & (difference < line.phi)
+    accepted = linesearch.accepts(line.search, point)
+    search = linesearch.narrow(line.search, point)
+    done = accepted | (line.trials + 1 >= max_trials)
+    return search, linesearch.propose(search), better, done

@@ -21,12 +21,14 @@ class Loss:
     root: (f, y, u) -> (n, M) products B_i u_i.
     hessian: (f, y, v) -> (n, M) products H_i v_i.
     uncertainty: (f, y) -> (n,) s_i = sqrt(trace H_i), how much example i can still say about the curvature.
+    residual: (f, y) -> (n, M) c_i with B_i c_i = dl_i/df_i; None where the loss gives no such c.
     """
 
     values: Callable[[Array, Array], Array]
     root: Callable[[Array, Array, Array], Array]
     hessian: Callable[[Array, Array, Array], Array]
     uncertainty: Callable[[Array, Array], Array]
+    residual: Callable[[Array, Array], Array] | None = None
 
 
 def _softmax_values(f: Array, y: Array) -> Array:
@@ -51,6 +53,13 @@ def _softmax_uncertainty(f: Array, y: Array) -> Array:
     """sqrt(1 - sum p^2), as sqrt(sum p (1 - p)): no cancellation where the model is sure."""
     p = jax.nn.softmax(f)
     return jnp.sqrt(jnp.sum(p * (1 - p), axis=-1))
+
+
+def _softmax_residual(f: Array, y: Array) -> Array:
+    """(p - y) / sqrt p; sqrt p of a class that the model rules out is kept at 1e-13."""
+    target = jax.nn.one_hot(y, f.shape[-1], dtype=f.dtype) if y.ndim == 1 else y
+    half = jnp.maximum(jax.nn.log_softmax(f) / 2, -30)
+    return jnp.exp(half) - target * jnp.exp(-half)
 
 
 def _flat(f: Array) -> Array:
@@ -102,8 +111,16 @@ def _custom(values: Callable[[Array, Array], Array]) -> Loss:
 
 
 LOSSES = {
-    "softmax_cross_entropy": Loss(_softmax_values, _softmax_root, _softmax_hessian, _softmax_uncertainty),
-    "squared_error": Loss(_squared_values, lambda f, y, u: u, lambda f, y, v: v, _squared_uncertainty),
+    "softmax_cross_entropy": Loss(
+        _softmax_values, _softmax_root, _softmax_hessian, _softmax_uncertainty, _softmax_residual
+    ),
+    "squared_error": Loss(
+        _squared_values,
+        lambda f, y, u: u,
+        lambda f, y, v: v,
+        _squared_uncertainty,
+        lambda f, y: _flat(f) - y.reshape(f.shape[0], -1),
+    ),
 }
 
 

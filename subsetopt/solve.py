@@ -5,9 +5,11 @@ import enum
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
+from subsetopt.drivers import Host
 from subsetopt.growth import Growth
 from subsetopt.problem import GRADIENT, Evaluation, Problem
 
@@ -54,17 +56,17 @@ class State:
 
     w: (P,) current point, the best one of the subset. known: whether `evaluation`, loss and gradient at w, belongs to
     the current subset. grad_scale: largest gradient norm met, what convergence is measured against. cost: sample_grads
-    spent. evals: evaluations of the subset. memory: the solver's own. The structure never changes, only the arrays:
-    what is not there yet is an empty one.
+    spent. evals: evaluations of the subset. memory: the solver's own. Structure, shapes and dtypes never change: a
+    state is what a compiled loop carries.
     """
 
     w: Array
-    known: bool
+    known: Any
     evaluation: Evaluation
-    status: int
+    status: Any
     grad_scale: Any
-    cost: float
-    evals: int
+    cost: Any
+    evals: Any
     memory: Any
 
     def replace(self, **changes: Any) -> "State":
@@ -72,45 +74,106 @@ class State:
         return dataclasses.replace(self, **changes)
 
 
-def start(w: Array, memory: Any) -> State:
+def start(problem: Problem, w: Array, memory: Any) -> State:
     """The state before the first step."""
-    nothing = Evaluation(np.zeros((), w.dtype), w[:0], np.empty(0, w.dtype), np.empty(0, w.dtype))
-    return State(w, False, nothing, Status.RUNNING, np.zeros((), w.dtype), 0.0, 0, memory)
+    zero, zeros = np.zeros((), w.dtype), np.zeros(problem.examples, w.dtype)
+    nothing = Evaluation(zero, jnp.zeros_like(w), zero, zeros, zeros)
+    return State(w, False, nothing, int(Status.RUNNING), zero, 0.0, 0, memory)
+
+
+def charged(state: State, price: float, examples: Any, evals: Any = 0) -> State:
+    """The state with `price` sample_grads added for each of so many examples, and so many evaluations."""
+    return state.replace(cost=state.cost + price * _real(examples), evals=state.evals + evals)
+
+
+def _real(number: Any) -> Any:
+    """Counts are Python's where they can be, for those are exact."""
+    return number.astype(np.float32) if isinstance(number, jax.core.Tracer) else float(number)
 
 
 def evaluated(problem: Problem, state: State, uncertain: bool = False) -> State:
     """The state with loss and gradient on the problem's subset, whatever was known before."""
-    if state.known:
-        return state
-    return moved(problem, state, state.w, problem.evaluate(state.w, uncertain)).replace(
-        cost=state.cost + GRADIENT * problem.count, evals=state.evals + 1
-    )
+
+    def look(state: State) -> State:
+        state = charged(state, GRADIENT, problem.count, evals=1)
+        return moved(state, state.w, problem.evaluate(state.w, uncertain))
+
+    return problem.driver.cond(state.known, lambda state: state, look, state)
 
 
-def moved(problem: Problem, state: State, w: Array, evaluation: Evaluation) -> State:
+def moved(state: State, w: Array, evaluation: Evaluation) -> State:
     """The state at another point; status NONFINITE where the loss or gradient is."""
-    norm = np.linalg.norm(np.asarray(evaluation.grad))
-    finite = np.isfinite(evaluation.value) and np.isfinite(norm)
-    return state.replace(
-        w=w,
-        known=True,
-        evaluation=evaluation,
-        grad_scale=max(state.grad_scale, norm) if finite else state.grad_scale,
-        status=state.status if finite else Status.NONFINITE,
-    )
+    grad_scale, status = _judged(evaluation.value, evaluation.norm, state.grad_scale, state.status)
+    known = jnp.ones_like(state.known, dtype=bool)
+    return state.replace(w=w, known=known, evaluation=evaluation, grad_scale=grad_scale, status=status)
 
 
-def converged(state: State, tolerance: float) -> bool:
+@jax.jit
+def _judged(value: Array, norm: Array, scale: Array, status: Array) -> tuple[Array, Array]:
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    nonfinite = jnp.full_like(status, Status.NONFINITE)
+    return jnp.where(finite, jnp.maximum(scale, norm), scale), jnp.where(finite, status, nonfinite)
+
+
+def converged(state: State, tolerance: float) -> Any:
     """Whether the gradient is `tolerance` times the largest gradient of this fit: free of the loss's scale."""
-    return bool(np.linalg.norm(np.asarray(state.evaluation.grad)) <= tolerance * state.grad_scale)
+    return state.evaluation.norm <= tolerance * state.grad_scale
+
+
+def ended(problem: Problem, state: State, tolerance: float) -> State:
+    """The state with status CONVERGED where it is; on a fresh subset, which is gone after this step, never."""
+    if problem.fresh:
+        return state
+    run = state.status == Status.RUNNING
+    status = jnp.where(run & converged(state, tolerance), np.int32(Status.CONVERGED), state.status)
+    return state.replace(status=status)
+
+
+def advance(problem: Problem, solver: "Solver", state: State, steps: int, target: float) -> tuple[State, int]:
+    """The state after steps of the solver, and how many.
+
+    The host driver takes one. The compiled one takes up to `steps`, fewer where the solve ends or its loss is down to
+    `target`, in a single program.
+    """
+    if isinstance(problem.driver, Host):
+        return solver.step(problem, state), 1
+    cost, evals = state.cost, state.evals  # counted in Python, where numbers do not overflow
+    typed = _typed(state.replace(cost=0.0, evals=0))
+    arrays = problem.driver.devices.replicate((problem, typed, np.int32(steps), problem.dtype.type(target)))
+    state, taken = problem.driver.devices.compiled(_steps)(solver, *arrays)
+    spent = round(3 * float(state.cost)) / 3  # prices are thirds
+    return state.replace(cost=cost + spent, evals=evals + int(state.evals)), int(taken)
+
+
+def _typed(state: State) -> State:
+    """Numbers of Python as arrays of the dtypes that a compiled loop keeps."""
+    dtypes = {"known": bool, "status": np.int32, "grad_scale": state.w.dtype, "cost": np.float32, "evals": np.int32}
+    return state.replace(**{name: jnp.asarray(getattr(state, name), dtype) for name, dtype in dtypes.items()})
+
+
+def _steps(solver: "Solver", problem: Problem, state: State, steps: Array, target: Array) -> tuple[State, Array]:
+    def on(carry: tuple[State, Array]) -> Array:
+        state, taken = carry
+        reached = state.known & (state.evaluation.value <= target)
+        return (taken == 0) | ((taken < steps) & (state.status == Status.RUNNING) & ~reached)
+
+    def step(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state, taken = carry
+        return solver.step(problem, state), taken + 1
+
+    return lax.while_loop(on, step, (state, jnp.zeros_like(steps)))
 
 
 @runtime_checkable
 class Solver(Protocol):
     """A method: hyperparameters only. A new one is a frozen dataclass with `init` and `step`.
 
+    One source serves both drivers: what depends on computed values goes through `problem.driver.cond` and
+    `problem.driver.while_loop`, never through Python's `if`.
+
     growth, until, max_steps: the schedule of fit_subset that suits the method, used where the caller gives none.
-    check_every: steps between two looks at the probe. fresh_subsets: whether every step may get another subset.
+    check_every: steps between two looks at the probe; the compiled driver takes so many in one program.
+    fresh_subsets: whether every step may get another subset.
     """
 
     growth: ClassVar[Growth]

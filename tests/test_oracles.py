@@ -14,9 +14,10 @@ from jax.flatten_util import ravel_pytree
 from problems import Example, least_squares, problems, pseudo_huber
 
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Status, fit_subset
-from subsetopt.gauss_newton import conjugate_gradient
+from subsetopt.curvature import Dense, Recipe, SampleSpace, conjugate_gradient, form_of
+from subsetopt.drivers import Sample
 from subsetopt.losses import resolve
-from subsetopt.problem import Problem, Sample, make_problem
+from subsetopt.problem import Problem, make_problem
 
 EXAMPLES = {example.name: example for example in problems(np.float64)}
 HUBER, MLP, CNN = (EXAMPLES[name] for name in ("Huber regression", "MLP", "CNN"))
@@ -65,7 +66,11 @@ def away_from_start(example: Example) -> tuple[Problem, Array, Any]:
 def repeated_sample(problem: Problem) -> Sample:
     """Weighted examples, some of them several times."""
     rng = np.random.default_rng(0)
-    return Sample(rng.integers(0, problem.count, 37), rng.uniform(0.1, 1, 37))
+    return weighted(rng.integers(0, problem.examples, 37), rng.uniform(0.1, 1, 37))
+
+
+def weighted(indices: np.ndarray, weights: np.ndarray) -> Sample:
+    return Sample(indices, weights, np.int32(len(indices)))
 
 
 def mean_loss(example: Example, unravel: Any) -> Any:
@@ -123,21 +128,35 @@ def test_gauss_newton_product_is_that_of_the_dense_matrix(example: Example):
 def test_gram_of_all_unit_vectors_is_the_dense_matrix(example: Example):
     problem, w, unravel = away_from_start(example)
     sample = repeated_sample(problem)
-    every_row = Sample(*(np.repeat(a, problem.outputs) for a in sample))
+    every_row = weighted(*(np.repeat(a, problem.outputs) for a in sample[:2]))
     units = np.tile(np.eye(problem.outputs), (len(sample.indices), 1))
-    found = symmetric(problem.gram(w, every_row, units))
-    assert relative_error(found, dense_curvature(example, w, unravel, sample)) < 1e-10
+    expected = dense_curvature(example, w, unravel, sample)
+    assert relative_error(symmetric(problem.gram(w, every_row, units)), expected) < 1e-10
+    assert relative_error(symmetric(problem.gram(w, sample, None)), expected) < 1e-10
+
+
+@every_example
+def test_rows_make_the_matrix_and_the_gradient(example: Example):
+    problem, w, unravel = away_from_start(example)
+    sample = problem.whole()
+    rows, c = problem.rows(w, sample, None)
+    rows = rows.reshape(-1, w.size)
+    assert relative_error(rows.T @ rows, dense_curvature(example, w, unravel, sample)) < 1e-10
+    if callable(example.loss):
+        assert c is None
+    else:
+        assert relative_error(rows.T @ c.reshape(-1) + example.l2 * w, problem.evaluate(w).grad) < 1e-9
 
 
 @pytest.mark.parametrize("example", [HUBER, MLP, CNN], ids=lambda example: example.name)
 def test_rows_with_random_signs_average_to_the_dense_matrix(example: Example):
     problem, w, unravel = away_from_start(example)
-    few = Sample(np.arange(8), np.full(8, 1 / 8))
+    few = weighted(np.arange(8), np.full(8, 1 / 8))
     expected = dense_curvature(example, w, unravel, few)
 
     def error(draws: int) -> float:
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (8 * draws, problem.outputs))
-        repeated = Sample(np.tile(few.indices, draws), np.tile(few.weights / draws, draws))
+        repeated = weighted(np.tile(few.indices, draws), np.tile(few.weights / draws, draws))
         return relative_error(symmetric(problem.gram(w, repeated, signs)), expected)
 
     # 64 times as many draws: an eighth of the error.
@@ -148,10 +167,10 @@ def test_drawing_by_uncertainty_is_unbiased_and_repeats_no_example_too_often():
     problem, w, _ = away_from_start(MLP)
     subset = problem.on(np.arange(100, 140))
     uncertainty = subset.evaluate(w, uncertain=True).uncertainty
-    share = 0.1 / 40 + 0.9 * uncertainty / uncertainty.sum()
+    share = 0.1 / 40 + 0.9 * uncertainty[:40] / uncertainty.sum()
     total = np.zeros(150)
     for key in jax.random.split(jax.random.key(0), 200):
-        positions, sample = subset.draw(key, uncertainty, 100)
+        positions, sample = (jax.tree.map(np.asarray, part) for part in subset.draw(key, uncertainty, 100))
         np.testing.assert_array_equal(sample.indices, subset.subset[positions])
         assert np.all(np.bincount(positions, minlength=40) <= np.ceil(100 * share))
         total += np.bincount(sample.indices, sample.weights, minlength=150) / 200
@@ -190,16 +209,33 @@ def test_root_times_its_transpose_is_the_output_hessian(loss: Any, targets: str,
 
 
 @pytest.mark.parametrize("norm", [1, 1e-3, 1e-6])
-def test_conjugate_gradients_reach_their_tolerance_in_float32_at_any_scale(norm: float):
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_conjugate_gradients_reach_their_tolerance_in_float32_at_any_scale(norm: float, preconditioned: bool):
     rng = np.random.default_rng(0)
     q, _ = np.linalg.qr(rng.normal(size=(50, 50)))
     a = (q * np.geomspace(1, 1e-3, 50)) @ q.T
     b = rng.normal(size=50)
     b *= norm / np.linalg.norm(b)
     a32, b32 = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    x = conjugate_gradient(lambda v: a32 @ v, b32, jnp.zeros_like(b32), tolerance=1e-4, max_steps=300)
+    # All of the inverse but for its five largest eigenvalues.
+    kept = np.where(np.arange(50) < 45, np.geomspace(1, 1e-3, 50), 1)
+    inverse = jnp.asarray((q / kept) @ q.T if preconditioned else np.eye(50), jnp.float32)
+    x, products = conjugate_gradient(
+        jax.lax.while_loop, lambda v: a32 @ v, lambda v: inverse @ v, b32, jnp.zeros_like(b32), 1e-4, 300
+    )
     assert x.dtype == jnp.float32
     assert relative_error(a @ np.asarray(x, float), b) < 1.1e-4
+    assert products < (15 if preconditioned else 300)
+
+
+def test_conjugate_gradients_begin_where_they_ended():
+    a, b = jnp.diag(jnp.arange(1.0, 9)), jnp.ones(8)
+    solve = functools.partial(conjugate_gradient, jax.lax.while_loop, lambda v: a @ v, lambda v: v, b)
+    x, products = solve(jnp.zeros(8), 1e-10, 20)
+    assert products == 9
+    np.testing.assert_allclose(solve(x, 1e-9, 20)[0], x)
+    assert solve(x, 1e-9, 20)[1] == 1
+    assert solve(100 * x, 1e-10, 20)[1] == 9
 
 
 # --- solvers against scipy and NumPy -------------------------------------------------------------------------------
@@ -258,6 +294,52 @@ def test_one_undamped_step_solves_linear_least_squares(condition: float, linear_
     assert relative_error(result.params["w"], w) < 1e-14 * condition
 
 
+@pytest.mark.parametrize("damping", [1e-1, 1e-4])
+@every_example
+def test_all_forms_solve_the_same_system(example: Example, damping: float):
+    problem, w, unravel = away_from_start(example)
+    problem = problem.on(np.arange(min(10, problem.examples)))
+    recipe = Recipe(rows=None, averaging=0.5, precision="highest", cg_tolerance=1e-12, cg_max_steps=1000)
+    grad, uncertainty = (getattr(problem.evaluate(w, uncertain=True), name) for name in ("grad", "uncertainty"))
+    a = dense_curvature(example, w, unravel, problem.whole()) + (damping + example.l2) * np.eye(w.size)
+    expected = -np.linalg.solve(a, grad)
+    forms = [form_of(problem, recipe, name, 1) for name in ("dense", "sample", "cg")]
+    for form in (*forms, SampleSpace(recipe, 1, push_through=False)):
+        kept = form.empty(problem, w)
+        for key in (0, 1):  # what is there already changes nothing
+            kept, _ = form.renewed(problem, w, uncertainty, kept, jax.random.key(key))
+        assert relative_error(form.solve(problem, w, kept, damping, grad)[0], expected) < 1e-6, form
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.5])
+def test_sample_space_averages_as_the_matrix_does(averaging: float):
+    problem, w, _ = away_from_start(MLP)
+    evaluation = problem.evaluate(w, uncertain=True)
+    recipe = Recipe(rows=9, averaging=averaging, precision="highest", cg_tolerance=1e-9, cg_max_steps=100)
+    dense, rows = Dense(recipe), SampleSpace(recipe, 4 if averaging else 1, push_through=False)
+    kept = [form.empty(problem, w) for form in (dense, rows)]
+    for key in range(3):
+        key = jax.random.key(key)
+        kept = [
+            form.renewed(problem, w, evaluation.uncertainty, k, key)[0]
+            for form, k in zip((dense, rows), kept, strict=True)
+        ]
+    found = np.asarray(kept[1].root[:, None] * kept[1].rows)
+    # The matrix gives its first sample the weight of all before it; the rows share it out.
+    expected = symmetric(kept[0].a)
+    assert np.trace(found.T @ found) == pytest.approx(np.trace(expected), rel=0.5 if averaging else 1e-9)
+    if not averaging:
+        assert relative_error(found.T @ found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("linear_solve", ["dense", "sample", "cg"])
+@pytest.mark.parametrize("ratio", [0.2, 1.1])
+def test_sampled_curvature_descends_in_every_form(linear_solve: str, ratio: float):
+    result = fit(MLP, GaussNewton(curvature_ratio=ratio, linear_solve=linear_solve), 12)
+    # Steepest descent with a perfect step length is at 0.5 then.
+    assert result.loss < 0.2
+
+
 # --- what may change no result -------------------------------------------------------------------------------------
 
 SOLVERS = {"LBFGS": LBFGS(), "GaussNewton": GaussNewton(), "classical": CLASSICAL}
@@ -287,22 +369,33 @@ def test_block_size_changes_results_by_rounding_only(solver: Any, nested: bool):
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-9)
 
 
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("example", [HUBER, CNN], ids=lambda example: example.name)
+def test_both_drivers_take_the_same_steps(example: Example, solver: Any):
+    host, compiled = (fit(example, solver, 12, growth=Growth(1, 2), driver=name) for name in ("host", "compiled"))
+    np.testing.assert_allclose(compiled.loss, host.loss, rtol=1e-9)
+    np.testing.assert_allclose(ravel_pytree(compiled.params)[0], ravel_pytree(host.params)[0], rtol=1e-6, atol=1e-9)
+    assert (compiled.n_steps, compiled.n_evals) == (host.n_steps, host.n_evals)
+    assert compiled.sample_grads == pytest.approx(host.sample_grads)
+    assert compiled.order.tolist() == host.order.tolist()
+
+
 ON_DEVICES = """if True:
     import json, jax
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
     from test_oracles import LBFGS, MLP, GaussNewton, Growth, fit
 
-    def losses(solver, count):
-        devices = jax.devices()[:count]
-        return fit(MLP, solver, 4, growth=Growth(1, 2), devices=devices, block_size=30).history["loss"]
+    def losses(solver, driver, count):
+        options = {"growth": Growth(1, 2), "devices": jax.devices()[:count], "block_size": 30, "driver": driver}
+        return fit(MLP, solver, 4, **options).history["loss"]
 
-    solvers = LBFGS(), GaussNewton(), GaussNewton(linear_solve="cg", cg_max_steps=5)
-    print(json.dumps([[losses(solver, count) for count in (1, 2, 4)] for solver in solvers]))
+    solvers = LBFGS(), *(GaussNewton(linear_solve=form, cg_max_steps=5) for form in ("dense", "sample", "cg"))
+    drivers = [("host", (1, 2, 3)), ("compiled", (1, 4))]
+    print(json.dumps([[losses(s, d, count)[-1] for d, counts in drivers for count in counts] for s in solvers]))
 """
 
 
-def test_number_of_devices_changes_results_by_rounding_only(run_python: Any, request: pytest.FixtureRequest):
+def test_devices_and_drivers_change_results_by_rounding_only(run_python: Any, request: pytest.FixtureRequest):
     for one, *more in json.loads(run_python("-c", ON_DEVICES, devices=4, cwd=request.path.parent)):
-        for losses in more:
-            np.testing.assert_allclose(losses, one, rtol=1e-9)
+        np.testing.assert_allclose(more, one, rtol=1e-9)

@@ -1,0 +1,462 @@
+"""Three forms of the damped Gauss-Newton system (A + lam I) d = -g, and the cost model that picks one.
+
+A ~ sum_i weight_i J_i' H_i J_i over a curvature sample. A form keeps what it needs of A between steps, as a pytree:
+
+    Dense          the matrix A, P x P; Cholesky.
+    SampleSpace    the n rows R of A = R'R, n x P with n < P; Cholesky of R R', n x n.
+    MatrixFree     the examples alone; preconditioned conjugate gradients on products with A.
+
+Sources: Nocedal and Wright, Numerical Optimization (2006), section 10.3 and Algorithm 5.3; Martens, Deep learning via
+Hessian-free optimization (2010); for the push-through form, Chen et al., NetKet's minSR (2023). Heuristics, chosen by
+measurement: one random row an example drawn by output uncertainty, and averaging over steps.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from subsetopt.drivers import Sample
+from subsetopt.linalg import add_gram, cholesky, cholesky_solve
+from subsetopt.problem import PRODUCT, Problem, gradient_flops
+
+PRECISIONS = ("highest", "float32", "tensorfloat32", "bfloat16_3x", "bfloat16", "default")
+MATRIX_LIMIT = 20_000  # rows and columns up to which a square matrix is kept: 1.6 GB in float32
+_WINDOW = 4  # row samples that SampleSpace averages over: with averaging 0.5, 94 % of all weight
+_PRECONDITIONER_ROWS = 256
+_REFINEMENTS = 20
+_MODEL_RATE, _ROW_RATE = 6.0, 14.0  # see form_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How curvature is sampled and solved with; a field of GaussNewton says more about each.
+
+    rows: single rows a step; None: all M rows of the whole subset, nothing averaged.
+    """
+
+    rows: int | None
+    averaging: float
+    precision: str
+    cg_tolerance: float
+    cg_max_steps: int
+
+    def most_rows(self, problem: Problem) -> int:
+        """Rows of one sample, of the whole set where it is that."""
+        return problem.examples * problem.outputs if self.rows is None else self.rows
+
+    def draw(self, problem: Problem, uncertainty: Any, key: Array) -> tuple[Sample, Any]:
+        """A sample with random signs u (n, M), one row an example; u None: the whole subset, all rows."""
+        if self.rows is None:
+            return problem.whole(), None
+        draw, signs = jax.random.split(key)
+        _, sample = problem.draw(draw, uncertainty, self.rows)
+        return sample, jax.random.rademacher(signs, (self.rows, problem.outputs), problem.dtype)
+
+    def cost(self, problem: Problem, sample: Sample) -> Any:
+        """Rows of a sample, what they cost being ROW each."""
+        return sample.count * problem.outputs if self.rows is None else sample.count
+
+    def fast(self) -> contextlib.AbstractContextManager:
+        """Matrix products of the curvature may be coarser than those of the gradient."""
+        return jax.default_matmul_precision(self.precision)
+
+
+class Form(Protocol):
+    """What GaussNewton asks of a form; the rows and products that it counts are priced in `problem`."""
+
+    def empty(self, problem: Problem, w: Array) -> Any:
+        """The pytree before the first sample."""
+        ...
+
+    def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Any, key: Array) -> tuple[Any, Any]:
+        """The pytree with a new sample taken at w, averaged with what is there, and the rows computed."""
+        ...
+
+    def mean_diagonal(self, problem: Problem, w: Array, kept: Any, key: Array) -> tuple[Array, Any]:
+        """trace(A) / P, and the examples of which a product was computed."""
+        ...
+
+    def solve(self, problem: Problem, w: Array, kept: Any, damping: Any, grad: Array) -> tuple[Array, Any, Any]:
+        """-(A + (damping + l2) I)^-1 grad, the pytree after it, and the examples of which products were computed.
+
+        NaN where there is no solution.
+        """
+        ...
+
+
+# --- dense ---------------------------------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """Lower triangle of A (P, P), and the number of samples in it."""
+
+    a: Array
+    samples: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A itself: A = averaging A_old + (1 - averaging) A_new."""
+
+    recipe: Recipe
+
+    def empty(self, problem: Problem, w: Array) -> Matrix:
+        return Matrix(jnp.zeros((w.size, w.size), w.dtype), jnp.zeros((), np.int32))
+
+    def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Matrix, key: Array) -> tuple[Matrix, Any]:
+        sample, u = self.recipe.draw(problem, uncertainty, key)
+        old = 0.0 if u is None else self.recipe.averaging
+        # The new rows are added onto the old matrix: no second one is ever held.
+        onto, weights = _shares(old, kept, jnp.asarray(sample.weights))
+        with self.recipe.fast():
+            a = problem.gram(w, sample._replace(weights=weights), u, onto)
+        return Matrix(a, kept.samples + 1), self.recipe.cost(problem, sample)
+
+    def mean_diagonal(self, problem: Problem, w: Array, kept: Matrix, key: Array) -> tuple[Array, Any]:
+        return jnp.mean(jnp.diagonal(kept.a)), 0
+
+    def solve(self, problem: Problem, w: Array, kept: Matrix, damping: Any, grad: Array) -> tuple[Array, Matrix, Any]:
+        return _solve_dense(kept.a, damping + problem.real(problem.l2), grad), kept, 0
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _shares(averaging: float, kept: Matrix, weights: Array) -> tuple[Array, Array]:
+    """The old matrix and the new sample's weights, each times its share."""
+    old = jnp.where(kept.samples > 0, jnp.asarray(averaging, weights.dtype), 0)
+    return old * kept.a, (1 - old) * weights
+
+
+@jax.jit
+def _solve_dense(a: Array, damping: Array, grad: Array) -> Array:
+    diagonal = jnp.arange(a.shape[0])
+    return cholesky_solve(cholesky(a.at[diagonal, diagonal].add(damping)), -grad)
+
+
+# --- sample space --------------------------------------------------------------------------------------------------
+
+
+class RowSpace(NamedTuple):
+    """The rows of the last samples: A = R'R with R = diag(root) rows.
+
+    rows (n, P); root (n,): square roots of the samples' shares; gram: lower triangle of R R' (n, n); c (n,): g = R'c +
+    l2 w, where the rows are the subset's own; samples: how many there are.
+    """
+
+    rows: Array
+    root: Array
+    gram: Array
+    c: Array
+    samples: Array
+
+    def times(self, v: Array) -> Array:
+        """R v."""
+        return self.root * (self.rows @ v)
+
+    def transposed(self, v: Array) -> Array:
+        """R'v."""
+        return self.rows.T @ (self.root * v)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSpace:
+    """The rows of the last `window` samples, the k-th last with a share in proportion to averaging^k.
+
+    push_through: the rows are the subset's own, so that the gradient is a combination of them.
+    """
+
+    recipe: Recipe
+    window: int
+    push_through: bool
+
+    def empty(self, problem: Problem, w: Array) -> RowSpace:
+        n = self.window * self.recipe.most_rows(problem)
+        rows, gram, zeros = (jnp.zeros(shape, w.dtype) for shape in ((n, w.size), (n, n), (n,)))
+        return RowSpace(rows, zeros, gram, zeros, jnp.zeros((), np.int32))
+
+    def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: RowSpace, key: Array) -> tuple[RowSpace, Any]:
+        sample, u = self.recipe.draw(problem, uncertainty, key)
+        with self.recipe.fast():
+            new = problem.rows(w, sample, u)
+            rows, c = (new, None) if u is not None else new
+            kept = _pushed(self.window, self.recipe.averaging, kept, rows, c)
+        return kept, self.recipe.cost(problem, sample)
+
+    def mean_diagonal(self, problem: Problem, w: Array, kept: RowSpace, key: Array) -> tuple[Array, Any]:
+        return jnp.trace(kept.gram) / problem.parameters, 0
+
+    def solve(self, problem: Problem, w: Array, kept: RowSpace, damping: Any, grad: Array):
+        l2 = problem.real(problem.l2)
+        if self.push_through:
+            return _push_through(kept, damping + l2, l2 * w), kept, 0
+        return _refined(kept, damping + l2, grad), kept, 0
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pushed(window: int, averaging: float, kept: RowSpace, new: Array, c: Array | None) -> RowSpace:
+    """The newest sample in front, the oldest one gone, every one weighted by its age."""
+    new = new.reshape(-1, new.shape[-1])
+    rows = jnp.concatenate([new, kept.rows[: -len(new)]])
+    samples = jnp.minimum(kept.samples + 1, window)
+    shares = jnp.asarray([averaging**age for age in range(window)], rows.dtype)
+    shares = jnp.where(jnp.arange(window, dtype=np.int32) < samples, shares, 0)
+    root = jnp.repeat(jnp.sqrt(shares / jnp.sum(shares)), len(new))
+    gram = add_gram(jnp.zeros_like(kept.gram), (root[:, None] * rows).T)
+    return RowSpace(rows, root, gram, kept.c if c is None else c.reshape(-1), samples)
+
+
+def _factor(kept: RowSpace, damping: Array) -> Array:
+    diagonal = jnp.arange(len(kept.root))
+    return cholesky(kept.gram.at[diagonal, diagonal].add(damping))
+
+
+def _inverse(kept: RowSpace, factor: Array, damping: Array, v: Array) -> Array:
+    """(R'R + damping I)^-1 v by Woodbury: v minus what the rows see of it, over the damping."""
+    return (v - kept.transposed(cholesky_solve(factor, kept.times(v)))) / damping
+
+
+@jax.jit
+def _push_through(kept: RowSpace, damping: Array, penalty: Array) -> Array:
+    """-(R'R + damping I)^-1 (R'c + penalty); the first part is -R'(R R' + damping I)^-1 c, exact to rounding.
+
+    In float32 at a damping of 1e-7 it has a relative error of 6e-4 where Woodbury has 0.7 (notes of the prototype).
+    """
+    factor = _factor(kept, damping)
+    own = kept.transposed(cholesky_solve(factor, kept.c))
+    return -own - jnp.where(jnp.any(penalty != 0), _inverse(kept, factor, damping, penalty), 0)
+
+
+@jax.jit
+def _refined(kept: RowSpace, damping: Array, grad: Array) -> Array:
+    """-(R'R + damping I)^-1 g: Woodbury loses digits to a small damping, conjugate gradients on top restore them."""
+    factor = _factor(kept, damping)
+
+    def product(v: Array) -> Array:
+        return kept.transposed(kept.times(v)) + damping * v
+
+    precondition = functools.partial(_inverse, kept, factor, damping)
+    start = jnp.zeros_like(grad)
+    return conjugate_gradient(lax.while_loop, product, precondition, -grad, start, 1e-5, _REFINEMENTS)[0]
+
+
+# --- matrix-free ---------------------------------------------------------------------------------------------------
+
+
+class Examples(NamedTuple):
+    """The curvature sample, with all M rows of each example; rows: some of A's, for the preconditioner."""
+
+    sample: Sample
+    rows: RowSpace
+    solution: Array
+    samples: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixFree:
+    """Conjugate gradients on products with A, at the current point, from the last solution.
+
+    The sample's examples are taken with all their rows, for a product costs the same with one. Averaging keeps that
+    share of the examples from step to step: averaging of matrices would need every old sample's products again.
+    preconditioner: R'R + lam I of that many sampled rows R, by Woodbury.
+    """
+
+    recipe: Recipe
+    preconditioner: int
+
+    def empty(self, problem: Problem, w: Array) -> Examples:
+        n = self._examples(problem)
+        sample = Sample(jnp.zeros(n, np.int32), jnp.zeros(n, w.dtype), jnp.zeros((), np.int32))
+        rows = self._row_space().empty(problem, w)
+        return Examples(sample, rows, jnp.zeros_like(w), jnp.zeros((), np.int32))
+
+    def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Examples, key: Array) -> tuple[Examples, Any]:
+        draw, turn, rows = jax.random.split(key, 3)
+        sample = problem.whole()
+        if self.recipe.rows is not None:
+            _, fresh = problem.draw(draw, uncertainty, self._examples(problem))
+            sample = _turned_over(self.recipe.averaging, kept, fresh, turn)
+        space, cost = self._row_space().renewed(problem, w, uncertainty, kept.rows, rows)
+        return Examples(sample, space, kept.solution, kept.samples + 1), cost
+
+    def mean_diagonal(self, problem: Problem, w: Array, kept: Examples, key: Array) -> tuple[Array, Any]:
+        """By one random vector (Hutchinson)."""
+        v = jax.random.rademacher(key, w.shape, problem.dtype)
+        product = self._product(problem, w, kept, v)
+        return jnp.vdot(v, product) / problem.parameters - problem.real(problem.l2), kept.sample.count
+
+    def solve(self, problem: Problem, w: Array, kept: Examples, damping: Any, grad: Array):
+        lam = _own_damping(kept.rows, damping + problem.real(problem.l2))
+        factor = _jitted_factor(kept.rows, lam)
+
+        def product(v: Array) -> Array:
+            return self._product(problem, w, kept, v) + damping * v
+
+        solution, products = conjugate_gradient(
+            problem.driver.while_loop,
+            product,
+            lambda v: _jitted_inverse(kept.rows, factor, lam, v),
+            -grad,
+            kept.solution,
+            self.recipe.cg_tolerance,
+            self.recipe.cg_max_steps,
+        )
+        return solution, kept._replace(solution=solution), products * kept.sample.count
+
+    def _product(self, problem: Problem, w: Array, kept: Examples, v: Array) -> Array:
+        with self.recipe.fast():
+            return problem.product(w, v, kept.sample)
+
+    def _examples(self, problem: Problem) -> int:
+        """As many as have the recipe's number of rows."""
+        return min(problem.examples, -(-self.recipe.most_rows(problem) // problem.outputs))
+
+    def _row_space(self) -> SampleSpace:
+        return SampleSpace(dataclasses.replace(self.recipe, rows=self.preconditioner), 1, push_through=False)
+
+
+@jax.jit
+def _own_damping(rows: RowSpace, damping: Array) -> Array:
+    """Damping of the preconditioner: few rows say nothing of most directions, so it needs some (heuristic)."""
+    return jnp.maximum(damping, 1e-3 * jnp.trace(rows.gram) / len(rows.root))
+
+
+_jitted_factor, _jitted_inverse = jax.jit(_factor), jax.jit(_inverse)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _turned_over(averaging: float, kept: Examples, fresh: Sample, key: Array) -> Sample:
+    """A random share `averaging` of the old examples, the rest fresh ones."""
+    n = len(fresh.indices)
+    mixed = jax.random.permutation(key, n)
+    old = jnp.arange(n, dtype=np.int32) < jnp.where(kept.samples > 0, np.int32(averaging * n), 0)
+    pick = jax.tree.map(lambda a, b: jnp.where(old, a[mixed], b[mixed]), tuple(kept.sample[:2]), tuple(fresh[:2]))
+    return Sample(*pick, fresh.count)
+
+
+# --- conjugate gradients -------------------------------------------------------------------------------------------
+
+
+class _Iterate(NamedTuple):
+    x: Array
+    r: Array
+    p: Array
+    rz: Array
+    best: Array
+    best_rr: Array
+    products: Array
+
+
+def conjugate_gradient(
+    while_loop: Callable,
+    product: Callable[[Array], Array],
+    precondition: Callable[[Array], Array],
+    b: Array,
+    x: Array,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[Array, Array]:
+    """A x = b by preconditioned conjugate gradients (Nocedal and Wright, Algorithm 5.3); x and the number of products.
+
+    Ends at |b - A x| <= tolerance |b|, or after max_steps with the iterate of smallest residual. b is normalised
+    first: no constant in here knows a scale. x: where to begin, unless that is worse than zero.
+    """
+    norm = jnp.linalg.norm(b)
+    scale = jnp.where(norm > 0, norm, 1)
+    b, x = b / scale, x / scale
+    begin = _begin(b, x, product(x))
+    z = precondition(begin.r)
+    begin = begin._replace(p=z, rz=jnp.vdot(begin.r, z))
+
+    def on(it: _Iterate) -> Array:
+        unsolved = it.best_rr > jnp.asarray(tolerance, b.dtype) ** 2
+        return unsolved & (it.products <= max_steps) & jnp.isfinite(it.rz) & (it.rz > 0)
+
+    def step(it: _Iterate) -> _Iterate:
+        it = _descended(it, product(it.p))
+        return _turned(it, precondition(it.r))
+
+    it = while_loop(on, step, begin)
+    return it.best * scale, it.products
+
+
+@jax.jit
+def _begin(b: Array, x: Array, ax: Array) -> _Iterate:
+    r = b - ax
+    better = jnp.vdot(r, r) < jnp.vdot(b, b)
+    x, r = jnp.where(better, x, 0), jnp.where(better, r, b)
+    rr = jnp.vdot(r, r)
+    return _Iterate(x, r, r, rr, x, rr, jnp.ones((), np.int32))
+
+
+@jax.jit
+def _descended(it: _Iterate, ap: Array) -> _Iterate:
+    alpha = it.rz / jnp.vdot(it.p, ap)
+    x, r = it.x + alpha * it.p, it.r - alpha * ap
+    rr = jnp.vdot(r, r)
+    better = rr < it.best_rr
+    best, best_rr = jnp.where(better, x, it.best), jnp.where(better, rr, it.best_rr)
+    return it._replace(x=x, r=r, best=best, best_rr=best_rr, products=it.products + 1)
+
+
+@jax.jit
+def _turned(it: _Iterate, z: Array) -> _Iterate:
+    rz = jnp.vdot(it.r, z)
+    return it._replace(p=z + rz / it.rz * it.p, rz=rz)
+
+
+# --- the cost model ------------------------------------------------------------------------------------------------
+
+
+def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, float]:
+    """Floating-point operations of one step's curvature and solves, of each form that fits in memory.
+
+    With g those of one gradient, n rows of a sample, W samples averaged over, D dampings, c CG steps, r rows of the
+    preconditioner, symmetric products and factors counted by half:
+
+        dense   h n g + n P^2 + D P^3 / 3
+        sample  h n g + (W n)^2 P + D (W n)^3 / 3
+        cg      h r g + r^2 P + D c (5/3 m n g / M + 4 r P)
+
+    Heuristics: CG needs half of the steps it may. The model's own operations run at a sixth of the rate of large
+    matrix products, and a row costs 2.4 gradients (convolutions on CPUs): m = 6, h = 14.
+    """
+    g, p = gradient_flops(problem), problem.parameters
+    n = recipe.most_rows(problem)
+    rows, steps, r = window(problem, recipe) * n, recipe.cg_max_steps / 2, _preconditioner(problem)
+    products = dampings * steps * (PRODUCT * _MODEL_RATE * g * n / problem.outputs + 4 * r * p)
+    flops = {"cg": _ROW_RATE * r * g + r**2 * p + products}
+    if p <= MATRIX_LIMIT:
+        flops["dense"] = _ROW_RATE * n * g + n * p**2 + dampings * p**3 / 3
+    if rows < p and rows * p <= MATRIX_LIMIT**2:
+        flops["sample"] = _ROW_RATE * n * g + rows**2 * p + dampings * rows**3 / 3
+    return flops
+
+
+def form_of(problem: Problem, recipe: Recipe, linear_solve: str, dampings: int) -> Form:
+    """The form of that name, or the cheapest one by the cost model."""
+    if linear_solve == "auto":
+        flops = form_flops(problem, recipe, dampings)
+        linear_solve = min(flops, key=flops.__getitem__)
+    if linear_solve == "dense":
+        return Dense(recipe)
+    if linear_solve == "cg":
+        return MatrixFree(recipe, _preconditioner(problem))
+    own = recipe.rows is None and problem.objective.loss.residual is not None
+    return SampleSpace(recipe, window(problem, recipe), own)
+
+
+def window(problem: Problem, recipe: Recipe) -> int:
+    """Samples that SampleSpace averages over: no more than have P rows together."""
+    if recipe.rows is None or recipe.averaging == 0:
+        return 1
+    return max(1, min(_WINDOW, problem.parameters // recipe.rows))
+
+
+def _preconditioner(problem: Problem) -> int:
+    return max(1, min(_PRECONDITIONER_ROWS, problem.parameters // 4))

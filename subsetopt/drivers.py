@@ -1,0 +1,170 @@
+"""Two drivers, one source: loops over blocks and steps, from Python or inside one compiled program.
+
+A solver and a problem say `driver.reduce`, `driver.cond`, `driver.while_loop`; the driver decides who runs them.
+
+Host: jitted blocks driven from Python, fetched from NumPy or a memmap one after the other, a block ahead. For CPUs,
+where XLA has fast convolutions only outside of loops, and for data larger than the device.
+Compiled: `lax` loops inside one program over data on the device, many steps a dispatch. For GPUs and TPUs.
+"""
+
+import dataclasses
+import functools
+import mmap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from subsetopt.devices import Devices, Kernel
+
+_AHEAD = 2  # blocks sent and not yet done: one that computes, one that waits; memory stays that of few blocks
+_RELEASE = 64 << 20  # bytes of a memory-mapped file after which its pages are given back
+
+
+class Sample(NamedTuple):
+    """Weighted examples: sum_i weights_i q_i estimates the subset's mean of q.
+
+    indices, weights: (n,), of which the first `count` stand; the rest, of weight zero, is there for a constant shape.
+    """
+
+    indices: Any
+    weights: Any
+    count: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Blocks from Python."""
+
+    devices: Devices
+
+    def cond(self, predicate: Any, true: Callable, false: Callable, *operands: Any) -> Any:
+        """lax.cond; only one branch is touched."""
+        return (true if bool(predicate) else false)(*operands)
+
+    def while_loop(self, cond: Callable, body: Callable, carry: Any) -> Any:
+        """lax.while_loop."""
+        while bool(cond(carry)):
+            carry = body(carry)
+        return carry
+
+    def reduce(
+        self, kernel: Kernel, static: Any, sums: Any, shared: Any, data: Any, sample: Sample, extra: Any, size: int
+    ):
+        """`sums` plus the sums over the sample, and per-example values (n, ...), zero beyond its count.
+
+        extra: arrays of n rows that go with the sample. size: examples a block, over all devices.
+        """
+        sample, extra = jax.tree.map(np.asarray, (sample, extra))
+        devices, part = self.devices, size // self.devices.count
+        width = part * len(devices.local)
+        sums, shared = devices.start(sums), devices.share(shared)
+        each, waiting, pages = None, [], _Pages(data)
+        for start in range(0, int(sample.count), size):
+            start += part * devices.first
+            block = _block(data, sample, extra, start, width)
+            sums, values = devices.run(kernel, static, sums, shared, block)
+            waiting.append((start, values))
+            if len(waiting) > _AHEAD:
+                each = self._keep(each, *waiting.pop(0), sample)
+            pages.read(block)
+        for start, values in waiting:
+            each = self._keep(each, start, values, sample)
+        pages.release()
+        return devices.finish(sums, each)
+
+    def _keep(self, each: Any, start: int, values: Any, sample: Sample) -> Any:
+        """Write a block's per-example values to their place in `each`, made by the first one; waits for the block."""
+        values = jax.tree.map(lambda v: self.devices.rows(np.asarray(v)), values)
+        if each is None:
+            each = jax.tree.map(lambda v: np.zeros((len(sample.indices), *v.shape[1:]), v.dtype), values)
+        for whole, part in zip(jax.tree.leaves(each), jax.tree.leaves(values), strict=True):
+            room = whole[start : min(start + len(part), int(sample.count))]
+            room[:] = part[: len(room)]
+        return each
+
+
+def _block(data: Any, sample: Sample, extra: Any, start: int, width: int) -> tuple[Any, ...]:
+    """Rows start to start + width; past the last one copies of it with weight zero."""
+    places = np.arange(start, start + width)
+    inside = places < sample.count
+    places = np.minimum(places, sample.count - 1)
+    indices = sample.indices[places]
+    weights = np.where(inside, sample.weights[places], 0).astype(sample.weights.dtype)
+    if np.all(np.diff(indices) == 1):
+        indices = slice(indices[0], indices[-1] + 1)  # a view, not a copy
+    return (*(np.asarray(a[indices]) for a in data), weights, *(a[places] for a in extra))
+
+
+class _Pages:
+    """Gives the pages of memory-mapped data back, so that what was read does not stay resident."""
+
+    def __init__(self, data: Any):
+        # Not of a private map (mode "c"): there the pages are all there is.
+        self.maps = [a._mmap for a in data if isinstance(a, np.memmap) and a.mode in ("r", "r+")]
+        self.bytes = 0
+
+    def read(self, block: Any) -> None:
+        """Note a block that was read."""
+        self.bytes += sum(a.nbytes for a in block)
+        if self.bytes > _RELEASE:
+            self.release()
+
+    def release(self) -> None:
+        """Give back all pages."""
+        for file in self.maps:
+            file.madvise(mmap.MADV_DONTNEED)
+        self.bytes = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Everything in one program, the data on every device."""
+
+    devices: Devices
+
+    def cond(self, predicate: Any, true: Callable, false: Callable, *operands: Any) -> Any:
+        """lax.cond; every predicate is the same on all devices, for it comes from reduced values."""
+        return lax.cond(predicate, true, false, *operands)
+
+    def while_loop(self, cond: Callable, body: Callable, carry: Any) -> Any:
+        """lax.while_loop."""
+        return lax.while_loop(cond, body, carry)
+
+    def reduce(
+        self, kernel: Kernel, static: Any, sums: Any, shared: Any, data: Any, sample: Sample, extra: Any, size: int
+    ):
+        """As Host.reduce: a loop over blocks on each device, then one all-reduce for sums and values together."""
+        part, n = size // self.devices.count, len(sample.indices)
+        rank = self.devices.rank()
+        capacity = -(-n // size) * size
+
+        def block(number: Any) -> tuple[Array, Any]:
+            start = number * size + rank * part
+            places = start + jnp.arange(part, dtype=np.int32)
+            inside = places < sample.count
+            places = jnp.minimum(places, sample.count - 1)
+            indices = sample.indices[places]
+            weights = jnp.where(inside, sample.weights[places], 0)
+            return start, (inside, (*(a[indices] for a in data), weights, *(a[places] for a in extra)))
+
+        def add(number: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            sums, each = carry
+            start, (inside, arrays) = block(number)
+            sums, values = kernel(static, sums, shared, arrays)
+            return sums, jax.tree.map(functools.partial(_put, start, inside), each, values)
+
+        _, shapes = jax.eval_shape(lambda: kernel(static, sums, shared, block(np.int32(0))[1][1]))
+        each = jax.tree.map(lambda v: jnp.zeros((capacity, *v.shape[1:]), v.dtype), shapes)
+        mine = jax.tree.map(lambda a: jnp.where(rank == 0, a, 0), sums)
+        blocks = (sample.count + size - 1) // size
+        sums, each = self.devices.total(lax.fori_loop(0, blocks, add, (mine, each)))
+        return sums, jax.tree.map(lambda e: e[:n], each)
+
+
+def _put(start: Array, inside: Array, each: Array, values: Array) -> Array:
+    keep = inside.reshape(-1, *[1] * (values.ndim - 1))
+    return lax.dynamic_update_slice_in_dim(each, jnp.where(keep, values, 0), start, 0)
