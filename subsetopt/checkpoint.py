@@ -15,16 +15,25 @@ class Checkpoint:
     """A folder that holds the latest state of one run; None as path: nothing is saved.
 
     run: JSON-ready description of the run. Resuming with another one is refused: the result would be neither's.
+    process: of several, the first one saves; all of them load, so the folder has to be one that all can read.
     """
 
-    def __init__(self, path: str | Path | None, run: dict[str, Any], every_seconds: float = 60.0):
+    def __init__(self, path: str | Path | None, run: dict[str, Any], process: int = 0, every_seconds: float = 60.0):
+        self._process = process
         self.run, self.every_seconds, self._saved = run, every_seconds, time.perf_counter()
         self._manager: Any = None
         if path is not None:
             import orbax.checkpoint as ocp  # imported here: it takes seconds and few runs need it
 
             self._ocp = ocp
-            options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+            # Each process by itself: their clocks differ, so one would wait where the other has nothing to save.
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
+            )
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=1, enable_async_checkpointing=False, multiprocessing_options=alone, create=False
+            )
+            Path(path).absolute().mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(Path(path).absolute(), options=options)
 
     def load(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -43,7 +52,7 @@ class Checkpoint:
 
     def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> None:
         """Keep this state, if `now` or the last save is long enough ago."""
-        if self._manager is None or not (now or time.perf_counter() - self._saved > self.every_seconds):
+        if self._manager is None or self._process > 0 or not (now or time.perf_counter() - self._saved > self.every_seconds):
             return
         arrays = {f"{i:04}": _packed(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
         arrays = {name: array for name, array in arrays.items() if array.size}  # orbax keeps no empty arrays

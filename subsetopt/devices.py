@@ -7,7 +7,7 @@ each device keeps sums of its own over its part of every block, and they are add
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,10 @@ from subsetopt import checks
 Kernel = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 AXIS = "data"
+_LOST = (
+    "Process {} lost another process of this fit: it died, failed, or made another call. All of them have to be started "
+    "again, with the same arguments; with checkpoint=FOLDER they go on where they were."
+)
 _MEMORY_SHARE = 0.5  # of a device's memory that the data may fill; the rest is for the solver
 
 
@@ -61,9 +65,21 @@ class Devices:
         stats = self.local[0].memory_stats() if not self.on_cpu else None
         return stats is None or size <= _MEMORY_SHARE * stats["bytes_limit"]
 
-    def context(self) -> contextlib.AbstractContextManager:
-        """Where everything else is computed: on the first of this process's devices."""
-        return jax.default_device(self.local[0])
+    @property
+    def process(self) -> int:
+        """Number of this process; the first one, 0, does what must be done once."""
+        return self.local[0].process_index
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Everything else is computed on the first of this process's devices; failed collectives explain themselves."""
+        with jax.default_device(self.local[0]):
+            try:
+                yield
+            except jax.errors.JaxRuntimeError as error:
+                if len(self.local) == self.count:
+                    raise
+                raise RuntimeError(_LOST.format(self.process)) from error
 
     def replicate(self, tree: Any) -> Any:
         """The tree on every device of every process, each of which holds the same values; what is there stays."""

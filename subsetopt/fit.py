@@ -164,9 +164,10 @@ def fit_subset(
             devices=devices,
         )
         max_steps, seed, warmup_epochs = int(max_steps), int(seed), float(warmup_epochs)  # JSON knows no NumPy numbers
-        with problem.driver.devices.context():
+        own = problem.driver.devices
+        with own.context():
             fit = _Fit(problem, placed(problem, driver), solver, growth, until, max_steps, target_loss, seed)
-            saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs})
+            saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs}, own.process)
             mask = (
                 None
                 if trainable is None

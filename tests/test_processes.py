@@ -1,0 +1,89 @@
+"""Two processes with two CPU devices each, talking over gloo: they get what one device gets, and none waits for a dead one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+TESTS = Path(__file__).parent
+
+SOLVE = """if True:
+    import json, sys
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    if sys.argv[1:]:
+        jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=20)
+    from test_oracles import LBFGS, MLP, GaussNewton, Growth, fit
+
+    def loss(solver, driver):
+        return fit(MLP, solver, 20, growth=Growth(1, 2), driver=driver, block_size=32).loss
+
+    form = GaussNewton(linear_solve="dense")
+    print(json.dumps([loss(solver, driver) for solver in (LBFGS(), form) for driver in ("host", "compiled")]))
+"""
+
+DIE = """if True:
+    import os, sys
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=20)
+    from test_oracles import LBFGS, MLP, fit
+
+    def die(progress):
+        if progress.step == 5 and sys.argv[2] == "1":
+            os._exit(0)
+
+    try:
+        fit(MLP, LBFGS(), 1000, l2=0.0, callback=die)
+    except RuntimeError as error:
+        print(error, flush=True)
+        os._exit(3)  # jax itself would wait for the dead one until its heartbeat is missed
+"""
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen:
+    environment = os.environ | {
+        "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def address() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def finished(process: subprocess.Popen, timeout: float = 200) -> str:
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, out + err
+    return out.splitlines()[-1]
+
+
+def test_two_processes_get_the_result_of_one_device():
+    where = address()
+    both = [start(SOLVE, where, str(number)) for number in range(2)]
+    first, second = (json.loads(finished(process)) for process in both)
+    alone = json.loads(finished(start(SOLVE.replace("driver=driver", "driver=driver, devices=jax.devices()[:1]"))))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, alone, rtol=1e-9)
+
+
+def test_a_process_that_dies_makes_the_other_fail_with_a_clear_error():
+    where = address()
+    survivor, victim = (start(DIE, where, str(number)) for number in range(2))
+    victim.communicate(timeout=100)
+    died = time.monotonic()
+    out, err = survivor.communicate(timeout=60)
+    assert time.monotonic() - died < 60
+    assert survivor.returncode == 3, out + err
+    assert "Process 0 lost another process of this fit" in out
+
+
