@@ -52,7 +52,11 @@ class Checkpoint:
 
     def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> None:
         """Keep this state, if `now` or the last save is long enough ago."""
-        if self._manager is None or self._process > 0 or not (now or time.perf_counter() - self._saved > self.every_seconds):
+        if (
+            self._manager is None
+            or self._process > 0
+            or not (now or time.perf_counter() - self._saved > self.every_seconds)
+        ):
             return
         arrays = {f"{i:04}": _packed(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
         arrays = {name: array for name, array in arrays.items() if array.size}  # orbax keeps no empty arrays

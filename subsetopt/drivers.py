@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import mmap
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class Host:
     """Blocks from Python."""
 
     devices: Devices
+    name: ClassVar[str] = "host"
 
     def cond(self, predicate: Any, true: Callable, false: Callable, *operands: Any) -> Any:
         """lax.cond; only one branch is touched."""
@@ -125,6 +126,7 @@ class Compiled:
     """Everything in one program, the data on every device."""
 
     devices: Devices
+    name: ClassVar[str] = "compiled"
 
     def cond(self, predicate: Any, true: Callable, false: Callable, *operands: Any) -> Any:
         """lax.cond; every predicate is the same on all devices, for it comes from reduced values."""

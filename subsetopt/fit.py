@@ -16,7 +16,7 @@ from subsetopt.drivers import Sample
 from subsetopt.finetune import warm_up
 from subsetopt.gauss_newton import GaussNewton
 from subsetopt.growth import Growth, draw_order
-from subsetopt.model import Params, mask_tree
+from subsetopt.model import Model, Params, mask_tree
 from subsetopt.problem import LOSS, Problem, make_problem, placed, subset_of
 from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Solver, State, Status, advance, evaluated
@@ -38,7 +38,8 @@ class FitResult:
     in gradients of one example. seconds: without compile_seconds. order: (N,) the permutation whose prefixes are the
     nested subsets; with fresh subsets, the order of the first stages' pool with the probe at its end. stages: a row a
     stage. history: equal-long lists, an entry a step. There `loss` is the subset's loss after the step, but before it
-    where the subset is fresh: then it is an unbiased look at the training loss.
+    where the subset is fresh: then it is an unbiased look at the training loss. driver: "host" or "compiled".
+    precision: dtype, and that of matrix products, in the loss and its gradient (matmul) and in the curvature.
     """
 
     params: Params
@@ -54,6 +55,8 @@ class FitResult:
     order: np.ndarray
     stages: list[dict[str, Any]]
     history: dict[str, list]
+    driver: str
+    precision: dict[str, str]
 
     @property
     def success(self) -> bool:
@@ -176,6 +179,9 @@ def fit_subset(
             with Bar("fit_subset", max_steps, progress) as bar:
                 fit.run(w, mask, warmup_epochs, callback, bar, saver)
             return fit.result()
+
+
+_unflatten = jax.jit(Model.unflatten, static_argnums=0)
 
 
 class _Fit:
@@ -368,7 +374,7 @@ class _Fit:
         return self.host.driver.devices.here(tree)
 
     def _params(self, w: Array) -> Params:
-        return self.host.objective.model.unflatten(self._here(w), self.host.constants)
+        return _unflatten(self.host.objective.model, self._here(w), self.host.constants)
 
     def result(self) -> FitResult:
         """The result at the current point, whose loss on the last subset is evaluated if it is not known."""
@@ -383,8 +389,12 @@ class _Fit:
         return FitResult(
             *(self._params(self.state.w), self._loss(), float(self.state.evaluation.norm), self.status, message),
             *(self.n_steps, int(self.state.evals), self._cost(), self.watch.seconds, self.watch.compile_seconds),
-            *(self.order, self.stages, self.history),
+            *(self.order, self.stages, self.history, self.problem.driver.name, self._precision()),
         )
+
+    def _precision(self) -> dict[str, str]:
+        curvature = getattr(self.solver, "curvature_precision", "highest")
+        return {"dtype": str(self.problem.dtype), "matmul": "highest", "curvature": curvature}
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 

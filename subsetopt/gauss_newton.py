@@ -119,9 +119,8 @@ class GaussNewton:
 
     def step(self, problem: Problem, state: State) -> State:
         """Gradient, curvature, candidates, the best of them, and its test on the whole subset."""
-        state = ended(problem, evaluated(problem, state, uncertain=True), self._tolerance(problem.dtype))
-        advance = partial(self._advance, problem)
-        return problem.driver.cond(state.status == Status.RUNNING, advance, lambda state: state, state)
+        state, runs = ended(problem, evaluated(problem, state, uncertain=True), self._tolerance(problem.dtype))
+        return problem.driver.cond(runs, partial(self._advance, problem), lambda state: state, state)
 
     def _advance(self, problem: Problem, state: State) -> State:
         form, driver = self._form(problem), problem.driver
@@ -218,7 +217,7 @@ class GaussNewton:
             return state.replace(w=w, memory=memory, known=jnp.zeros_like(state.known, dtype=bool))
         after = problem.evaluate(w, uncertain=True)
         state = charged(state, GRADIENT, problem.count, evals=1)
-        difference = problem.difference(w, state.w, after.losses, before.losses, problem.whole().weights)
+        difference = problem.difference(w, state.w, after.losses, before.losses, problem.weights)
         # A decrease that the loss cannot hold is none: without this, rounding would be accepted for ever.
         lower = difference < -_ROUNDING * float(jnp.finfo(problem.dtype).eps) * jnp.abs(before.value)
 

@@ -7,7 +7,7 @@ cleared where the subset changes (another objective) and once where a line searc
 
 import dataclasses
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,23 +33,37 @@ class Pairs(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line search on its way: along `direction`, of slope `slope0`, next at step length t.
+    """A line search on its way: along `direction` from w0, of slope `slope0`; next comes w, at step length t.
 
-    best, evaluation, phi: the lowest point so far and how far below the start it is (normalised as in linesearch).
-    pairs: the memory, empty once steepest descent has its turn.
+    goes_on: whether it does; again: only once more, without a memory.
     """
 
     search: linesearch.Search
     direction: Array
     slope0: Array
     t: Array
+    w: Array
     trials: Array
-    evals: Array
-    best: Array
+    goes_on: Array
+    again: Array
+
+
+class Best(NamedTuple):
+    """The lowest point of a line search, and its loss difference to the start; found: whether it is not the start."""
+
+    w: Array
     evaluation: Evaluation
-    phi: Array
+    difference: Array
+    found: Array
+
+
+class Walk(NamedTuple):
+    """What the loop over trials carries; evals: all trials, those of a search given up included."""
+
+    line: Line
+    best: Best
     pairs: Pairs
-    done: Array
+    evals: Any
 
 
 def _two_loop(pairs: Pairs, grad: Array) -> Array:
@@ -75,10 +89,41 @@ def _direction(pairs: Pairs, grad: Array) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _curvature(s: Array, y: Array, threshold: Array) -> tuple[Array, Array, Array]:
-    """Whether the pair's curvature s.y is clearly positive; rho; gamma."""
+def _begin(pairs: Pairs, w: Array, grad: Array, value: Array) -> Line:
+    direction, slope = _direction(pairs, grad)
+    none = jnp.zeros((), np.int32)
+    search = linesearch.begin(slope, value)
+    return Line(search, direction, slope, jnp.ones_like(value), w + direction, none, none == 0, none > 0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _judge(
+    max_trials: int, line: Line, w0: Array, grad: Array, difference: Array, best: Best, rho: Array
+) -> tuple[Line, Array]:
+    """The search after a trial with this gradient, and whether that is the best point so far."""
+    scale = jnp.abs(line.slope0)
+    point = linesearch.Point(line.t, difference / scale, jnp.vdot(grad, line.direction) / scale)
+    accepted = linesearch.accepts(line.search, point)
+    # Near the end of precision the gradient still falls where rounding hides the loss's fall: there the approximate
+    # conditions decide, and an accepted point may lie above the start by their allowance.
+    better = jnp.isfinite(point.slope) & (difference < best.difference) | (accepted & ~best.found)
+    trials = line.trials + 1
+    goes_on = ~accepted & (trials < max_trials)
+    search = linesearch.narrow(line.search, point)
+    t = linesearch.propose(search)
+    # A memory that gives no improving step is thrown away once: steepest descent has the last word.
+    again = ~goes_on & ~better & ~best.found & jnp.any(rho > 0)
+    after = line._replace(search=search, t=t, w=w0 + t * line.direction, trials=trials)
+    return after._replace(goes_on=goes_on, again=again), better
+
+
+@jax.jit
+def _pair(w: Array, w0: Array, grad: Array, grad0: Array, rho: Array, threshold: Array) -> tuple[Array, ...]:
+    """s, y, whether their curvature s.y is clearly positive, rho with the new one at the end, gamma."""
+    s, y = w - w0, grad - grad0
     sy, yy, ss = jnp.vdot(s, y), jnp.vdot(y, y), jnp.vdot(s, s)
-    return sy > threshold * jnp.sqrt(ss) * jnp.sqrt(yy), 1 / sy, sy / yy
+    good = sy > threshold * jnp.sqrt(ss) * jnp.sqrt(yy)
+    return s, y, good, jnp.concatenate([rho[1:], 1 / sy[None]]), sy / yy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +163,8 @@ class LBFGS:
         """One quasi-Newton step: direction, line search, memory."""
         # Another subset is another objective.
         memory = problem.driver.cond(state.known, lambda m: m, lambda m: self._empty(state.w), state.memory)
-        state = ended(problem, evaluated(problem, state).replace(memory=memory), self._tolerance(problem.dtype))
-        search = partial(self._search, problem)
-        return problem.driver.cond(state.status == Status.RUNNING, search, lambda state: state, state)
+        state, runs = ended(problem, evaluated(problem, state).replace(memory=memory), self._tolerance(problem.dtype))
+        return problem.driver.cond(runs, partial(self._search, problem), lambda state: state, state)
 
     def _tolerance(self, dtype: np.dtype) -> float:
         default = 1e-4 if dtype == np.float32 else 1e-7
@@ -132,83 +176,44 @@ class LBFGS:
 
     def _search(self, problem: Problem, state: State) -> State:
         """The state after a line search; STALLED where no trial lowers the loss."""
-        line = problem.driver.while_loop(
-            lambda line: ~line.done,
-            partial(self._trial, problem, state),
-            _begin(state.memory, state.w, state.evaluation),
-        )
-        state = charged(state, GRADIENT, line.evals * problem.count, line.evals)
+        before = state.evaluation
+        line = _begin(state.memory, state.w, before.grad, before.value)
+        start = Walk(line, Best(state.w, before, jnp.zeros_like(before.value), line.again), state.memory, 0 * line.trials)
+        walk = problem.driver.while_loop(lambda walk: walk.line.goes_on, partial(self._trial, problem, state), start)
+        state = charged(state, GRADIENT, walk.evals * problem.count, walk.evals)
 
         def accept(state: State) -> State:
-            memory = self._remember(problem, line.pairs, *_pair(line.best, state.w, line.evaluation, state.evaluation))
-            return moved(state, line.best, line.evaluation).replace(memory=memory)
+            memory = self._remember(problem, walk.pairs, state, walk.best)
+            return moved(state, walk.best.w, walk.best.evaluation).replace(memory=memory)
 
         def stall(state: State) -> State:
             return state.replace(status=jnp.full_like(state.status, Status.STALLED))
 
-        return problem.driver.cond(line.phi < 0, accept, stall, state)
+        return problem.driver.cond(walk.best.found, accept, stall, state)
 
-    def _trial(self, problem: Problem, state: State, line: Line) -> Line:
+    def _trial(self, problem: Problem, state: State, walk: Walk) -> Walk:
         """One evaluation, and what follows from it."""
-        w = _along(state.w, line.t, line.direction)
-        trial, before = problem.evaluate(w), state.evaluation
-        difference = problem.difference(w, state.w, trial.losses, before.losses, problem.whole().weights)
-        search, t, better, done = _judge(self.max_trials, line._replace(pairs=None), difference, trial.grad)
-        line = line._replace(search=search, t=t, trials=line.trials + 1, evals=line.evals + 1, done=done)
+        w, before = walk.line.w, state.evaluation
+        trial = problem.evaluate(w)
+        difference = problem.difference(w, state.w, trial.losses, before.losses, problem.weights)
+        line, better = _judge(
+            self.max_trials, walk.line, state.w, trial.grad, difference, walk.best, walk.pairs.rho
+        )
+        best = problem.driver.cond(better, lambda best: Best(w, trial, difference, better), lambda best: best, walk.best)
+        walk = Walk(line, best, walk.pairs, walk.evals + 1)
 
-        def keep(line: Line) -> Line:
-            return line._replace(best=w, evaluation=trial, phi=difference)
+        def anew(walk: Walk) -> Walk:
+            empty = self._empty(w)
+            return walk._replace(line=_begin(empty, state.w, before.grad, before.value), pairs=empty)
 
-        def anew(line: Line) -> Line:
-            return _begin(self._empty(w), state.w, before)._replace(evals=line.evals)
+        return problem.driver.cond(line.again, anew, lambda walk: walk, walk)
 
-        line = problem.driver.cond(better, keep, lambda line: line, line)
-        # A memory that gives no improving step is thrown away once: steepest descent has the last word.
-        again = line.done & ~(line.phi < 0) & jnp.any(line.pairs.rho > 0)
-        return problem.driver.cond(again, anew, lambda line: line, line)
-
-    def _remember(self, problem: Problem, pairs: Pairs, s: Array, y: Array) -> Pairs:
-        """The pairs with (s, y) appended, unless its curvature is not clearly positive."""
-        good, rho, gamma = _curvature(s, y, problem.dtype.type(self.pair_threshold))
+    def _remember(self, problem: Problem, pairs: Pairs, state: State, best: Best) -> Pairs:
+        """The pairs with that of this step appended, unless its curvature is not clearly positive."""
+        grads = best.evaluation.grad, state.evaluation.grad
+        s, y, good, rho, gamma = _pair(best.w, state.w, *grads, pairs.rho, problem.real(self.pair_threshold))
 
         def push(pairs: Pairs) -> Pairs:
-            return Pairs((*pairs.s[1:], s), (*pairs.y[1:], y), _push(pairs.rho, rho), gamma)
+            return Pairs((*pairs.s[1:], s), (*pairs.y[1:], y), rho, gamma)
 
         return problem.driver.cond(good, push, lambda pairs: pairs, pairs)
-
-
-@jax.jit
-def _push(values: Array, new: Array) -> Array:
-    return jnp.concatenate([values[1:], new[None]])
-
-
-@jax.jit
-def _begin(pairs: Pairs, w: Array, before: Evaluation) -> Line:
-    direction, slope = _direction(pairs, before.grad)
-    one, zero, none = jnp.ones_like(before.value), jnp.zeros_like(before.value), jnp.zeros((), np.int32)
-    search = linesearch.begin(slope, before.value)
-    return Line(search, direction, slope, one, none, none, w, before, zero, pairs, none > 0)
-
-
-@jax.jit
-def _along(w: Array, t: Array, direction: Array) -> Array:
-    return w + t * direction
-
-
-@jax.jit
-def _pair(w: Array, w0: Array, evaluation: Evaluation, before: Evaluation) -> tuple[Array, Array]:
-    return w - w0, evaluation.grad - before.grad
-
-
-@partial(jax.jit, static_argnums=0)
-def _judge(
-    max_trials: int, line: Line, difference: Array, grad: Array
-) -> tuple[linesearch.Search, Array, Array, Array]:
-    """The search after a trial, the next step length, whether this is the best point so far, and whether it ends."""
-    scale = jnp.abs(line.slope0)
-    point = linesearch.Point(line.t, difference / scale, jnp.vdot(grad, line.direction) / scale)
-    better = jnp.isfinite(point.slope) & (difference < line.phi)
-    accepted = linesearch.accepts(line.search, point)
-    search = linesearch.narrow(line.search, point)
-    done = accepted | (line.trials + 1 >= max_trials)
-    return search, linesearch.propose(search), better, done

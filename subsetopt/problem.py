@@ -148,7 +148,8 @@ def _evaluation(weights: Array, losses: Array, uncertainty: Array, grad: Array, 
 
 
 @jax.jit
-def _difference(w: Array, w0: Array, losses: Array, losses0: Array, weights: Array, l2: Array) -> Array:
+def loss_difference(w: Array, w0: Array, losses: Array, losses0: Array, weights: Array, l2: Array) -> Array:
+    """L(w) - L(w0) from per-example losses: summing differences keeps what a difference of sums rounds away."""
     return accurate_sum(weights * (losses - losses0)) + l2 / 2 * jnp.vdot(w - w0, w + w0)
 
 
@@ -180,7 +181,7 @@ def _draw(n: int, key: Array, uncertainty: Array, count: Array) -> tuple[Array, 
 # --- the problem ---------------------------------------------------------------------------------------------------
 
 _STATIC = ("objective", "driver", "block_size", "parameters", "outputs", "dtype", "fresh")
-_ARRAYS = ("constants", "x", "y", "subset", "count", "seed", "l2")
+_ARRAYS = ("constants", "x", "y", "subset", "weights", "count", "seed", "l2")
 
 
 @partial(jax.tree_util.register_dataclass, meta_fields=_STATIC, data_fields=_ARRAYS)
@@ -189,7 +190,8 @@ class Problem:
     """The loss of one subset, for the driver to evaluate; a pytree, so that a whole solve can be one program.
 
     x, y: all N examples: NumPy or a memmap for the host driver, arrays on the devices for the compiled one.
-    subset: (N,) indices, of which the first `count` are in use: a growing subset changes no shape, nothing recompiles.
+    subset, weights: (N,) indices, of which the first `count` are in use, and 1 / count for these, zero for the rest: a
+    growing subset changes no shape, nothing recompiles.
     fresh: the next step gets another subset, so nothing evaluated on this one is worth keeping.
     """
 
@@ -203,6 +205,7 @@ class Problem:
     x: Any
     y: Any
     subset: Any
+    weights: Any
     count: Any
     seed: Any = 0
     l2: Any = 0.0
@@ -221,13 +224,14 @@ class Problem:
     def on(self, subset: np.ndarray, fresh: bool = False) -> "Problem":
         """The same loss on another subset."""
         # Sorted: blocks of neighbours are read in one piece, and the whole set needs no copy at all.
-        padded = np.zeros(self.examples, np.int32)
-        padded[: len(subset)] = np.sort(subset)
-        return dataclasses.replace(self, subset=padded, count=np.int32(len(subset)), fresh=fresh)
+        indices, weights = np.zeros(self.examples, np.int32), np.zeros(self.examples, self.dtype)
+        indices[: len(subset)], weights[: len(subset)] = np.sort(subset), 1 / max(len(subset), 1)
+        count = np.int32(len(subset))
+        return dataclasses.replace(self, subset=indices, weights=weights, count=count, fresh=fresh)
 
     def whole(self) -> Sample:
         """Every example of the subset, equally weighted."""
-        return Sample(self.subset, _equal_weights(self.examples, self.count, self.dtype), self.count)
+        return Sample(self.subset, self.weights, self.count)
 
     def evaluate(self, w: Array, uncertain: bool = False) -> Evaluation:
         """Loss, gradient and per-example losses of the subset at w (P,); costs GRADIENT * K.
@@ -243,8 +247,8 @@ class Problem:
         return self._reduce(_loss_block, self.objective, (), (w, self.constants), sample)[1]
 
     def difference(self, w: Array, w0: Array, losses: Any, losses0: Any, weights: Any) -> Array:
-        """L(w) - L(w0) from per-example losses: summing differences keeps what a difference of sums rounds away."""
-        return _difference(w, w0, losses, losses0, weights, self.real(self.l2))
+        """L(w) - L(w0) from per-example losses of a sample at both."""
+        return loss_difference(w, w0, losses, losses0, weights, self.real(self.l2))
 
     def product(self, w: Array, v: Array, sample: Sample) -> Array:
         """Gauss-Newton product (sum_i weight_i J_i'H_iJ_i + l2 I) v, (P,); costs PRODUCT * n."""
@@ -290,13 +294,6 @@ class Problem:
 
 def _zeros(w: Array) -> Array:
     return jnp.zeros(w.shape, w.dtype)
-
-
-def _equal_weights(n: int, count: Any, dtype: np.dtype) -> Any:
-    if isinstance(count, np.integer):
-        return np.where(np.arange(n) < count, 1 / count, 0).astype(dtype)
-    inside = jnp.arange(n, dtype=np.int32) < count
-    return jnp.where(inside, 1 / count.astype(dtype), 0)
 
 
 def gradient_flops(problem: Problem) -> float:
@@ -351,7 +348,7 @@ def make_problem(
     outputs = _checked_outputs(objective, loss, w, constants, x, y)
     size = own.block_size(block_size)
     x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
-    arrays = (constants, x, y, np.arange(len(x), dtype=np.int32), np.int32(len(x)), int(seed), float(l2))
+    arrays = (constants, x, y, *subset_of(np.arange(len(x), dtype=np.int32), w.dtype), int(seed), float(l2))
     problem = Problem(objective, Host(own), size, w.size, outputs, np.dtype(w.dtype), *arrays)
     _check_deterministic(problem, w)
     return problem, w

@@ -103,30 +103,35 @@ def evaluated(problem: Problem, state: State, uncertain: bool = False) -> State:
 
 def moved(state: State, w: Array, evaluation: Evaluation) -> State:
     """The state at another point; status NONFINITE where the loss or gradient is."""
-    grad_scale, status = _judged(evaluation.value, evaluation.norm, state.grad_scale, state.status)
-    known = jnp.ones_like(state.known, dtype=bool)
+    known, grad_scale, status = _arrived(evaluation.value, evaluation.norm, state.grad_scale, state.status)
     return state.replace(w=w, known=known, evaluation=evaluation, grad_scale=grad_scale, status=status)
 
 
 @jax.jit
-def _judged(value: Array, norm: Array, scale: Array, status: Array) -> tuple[Array, Array]:
+def _arrived(value: Array, norm: Array, scale: Array, status: Array) -> tuple[Array, Array, Array]:
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     nonfinite = jnp.full_like(status, Status.NONFINITE)
-    return jnp.where(finite, jnp.maximum(scale, norm), scale), jnp.where(finite, status, nonfinite)
+    known = jnp.ones((), bool)
+    return known, jnp.where(finite, jnp.maximum(scale, norm), scale), jnp.where(finite, status, nonfinite)
 
 
-def converged(state: State, tolerance: float) -> Any:
-    """Whether the gradient is `tolerance` times the largest gradient of this fit: free of the loss's scale."""
-    return state.evaluation.norm <= tolerance * state.grad_scale
+def ended(problem: Problem, state: State, tolerance: float) -> tuple[State, Any]:
+    """The state with status CONVERGED where it is, and whether the solve goes on.
+
+    CONVERGED: the gradient is `tolerance` times the largest one of this fit, which is free of the loss's scale. Never
+    on a fresh subset, which is gone after this step.
+    """
+    least = 0.0 if problem.fresh else tolerance
+    status, runs = _ended(state.status, state.evaluation.norm, state.grad_scale, least)
+    return state.replace(status=status), runs
 
 
-def ended(problem: Problem, state: State, tolerance: float) -> State:
-    """The state with status CONVERGED where it is; on a fresh subset, which is gone after this step, never."""
-    if problem.fresh:
-        return state
-    run = state.status == Status.RUNNING
-    status = jnp.where(run & converged(state, tolerance), np.int32(Status.CONVERGED), state.status)
-    return state.replace(status=status)
+@jax.jit
+def _ended(status: Array, norm: Array, scale: Array, tolerance: Array) -> tuple[Array, Array]:
+    runs = status == Status.RUNNING
+    vanished = (norm <= tolerance * scale) & (tolerance > 0)
+    status = jnp.where(runs & vanished, jnp.full_like(status, Status.CONVERGED), status)
+    return status, status == Status.RUNNING
 
 
 def advance(problem: Problem, solver: "Solver", state: State, steps: int, target: float) -> tuple[State, int]:
@@ -187,7 +192,7 @@ class Solver(Protocol):
         ...
 
     def step(self, problem: Problem, state: State) -> State:
-        """One step; never raises the subset's loss. Where the subset is another one, `state.known` is False."""
+        """One step; raises the subset's loss by no more than rounding. On another subset `state.known` is False."""
         ...
 
 

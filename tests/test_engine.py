@@ -1,0 +1,118 @@
+"""The engine room: drivers, programs, memory-mapped data, precision."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import problems
+
+from subsetopt import LBFGS, GaussNewton, Growth, fit_subset
+from subsetopt.timing import compiled_programs
+
+EXAMPLES = {example.name: example for example in problems(np.float32)}
+MLP = EXAMPLES["MLP"]
+WHOLE = {"growth": Growth(start=1e9), "until": "converged", "warmup_epochs": 0, "progress": False}
+
+
+def fit(solver: Any, data: Any = None, **options: Any) -> Any:
+    options = WHOLE | {"l2": MLP.l2} | options
+    return fit_subset(MLP.apply, (MLP.x, MLP.y) if data is None else data, MLP.params, solver=solver, **options)
+
+
+PROGRAM = """if True:
+    import json
+    import jax, numpy as np
+    from test_engine import MLP
+    from subsetopt.devices import _loop_program
+    from subsetopt.problem import make_problem, placed
+
+    def text(function):
+        host, w = make_problem(MLP.apply, (MLP.x, MLP.y), MLP.params, loss=MLP.loss, block_size=8)
+        problem = placed(host, "compiled")
+        devices = problem.driver.devices
+        arrays = devices.replicate((problem, w))
+        return _loop_program(function, devices, 2).lower((), np.arange(4), *arrays).compile().as_text()
+
+    def evaluate(static, problem, w):
+        return problem.evaluate(w, uncertain=True)
+
+    def gram(static, problem, w):
+        return problem.gram(w, problem.whole(), None)
+
+    for program in map(text, (evaluate, gram)):
+        main = program[program.index("ENTRY"):]
+        print(json.dumps([program.count(" all-reduce("), main.count(" all-reduce("), program.count(" while(")]))
+"""
+
+
+def test_one_all_reduce_an_evaluation_and_none_a_block(run_python: Any, request: pytest.FixtureRequest):
+    for line in run_python("-c", PROGRAM, devices=4, cwd=request.path.parent).splitlines():
+        everywhere, outside_of_loops, loops = json.loads(line)
+        assert (everywhere, outside_of_loops) == (1, 1)
+        assert loops >= 1  # over blocks
+
+
+@pytest.mark.parametrize("solver", [GaussNewton(linear_solve="dense"), LBFGS()], ids=repr)
+def test_growing_subsets_never_recompile_the_compiled_driver(solver: Any):
+    def grown(growth: Growth) -> Any:
+        return fit(solver, growth=growth, until=1, max_steps=8, driver="compiled")
+
+    grown(Growth(0.5, 2))
+    before = compiled_programs()
+    assert len(grown(Growth(0.3, 1.5)).stages) > 4
+    assert compiled_programs() == before
+
+
+def test_compiled_driver_takes_many_steps_a_program():
+    result = fit(LBFGS(tolerance=0), max_steps=25, driver="compiled")
+    assert result.driver == "compiled"
+    assert result.history["step"] == [10, 20, 25]
+    target = result.history["loss"][0]
+    early = fit(LBFGS(tolerance=0), max_steps=25, driver="compiled", target_loss=target * 1.01)
+    assert early.status.name == "TARGET_REACHED"
+    assert early.n_steps <= 10
+
+
+@pytest.mark.parametrize("solver", [GaussNewton(), LBFGS()], ids=repr)
+def test_memory_mapped_data_are_like_any_other(tmp_path: Path, solver: Any):
+    np.save(tmp_path / "x.npy", MLP.x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    growth = Growth(0.5, 2, nested=isinstance(solver, LBFGS))
+    plain, streamed = (fit(solver, (x, MLP.y), growth=growth, max_steps=6, block_size=16) for x in (MLP.x, mapped))
+    np.testing.assert_array_equal(streamed.history["loss"], plain.history["loss"])
+    assert streamed.driver == "host"
+
+
+@pytest.mark.parametrize("linear_solve", ["dense", "sample", "cg"])
+def test_curvature_may_be_coarse_and_the_result_says_so(linear_solve: str):
+    solver = GaussNewton(linear_solve=linear_solve, curvature_precision="bfloat16")
+    result = fit(solver, max_steps=5)
+    assert result.precision == {"dtype": "float32", "matmul": "highest", "curvature": "bfloat16"}
+    assert result.loss < 0.5
+
+
+def test_line_search_needs_hardly_more_than_one_evaluation_a_step_where_float32_ends():
+    # Random labels and a small penalty: a minimum far above zero in a long valley.
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 64)).astype(np.float32), rng.integers(0, 4, 200).astype(np.int32)
+    result = fit(LBFGS(tolerance=0), (x, y), max_steps=400, l2=1e-3)
+    assert result.n_evals <= 1.1 * result.n_steps
+    assert result.n_steps == 400
+    assert result.grad_norm < 1e-4 * max(result.history["grad_norm"])
+
+
+def test_tiny_losses_take_the_same_steps_in_float32():
+    def tiny(outputs: Any, y: Any) -> Any:
+        return 2.0**-20 * jnp.sum((outputs - jnp.eye(4, dtype=outputs.dtype)[y]) ** 2, axis=1)
+
+    def plain(outputs: Any, y: Any) -> Any:
+        return jnp.sum((outputs - jnp.eye(4, dtype=outputs.dtype)[y]) ** 2, axis=1)
+
+    small, ours = (
+        fit_subset(MLP.apply, (MLP.x, MLP.y), MLP.params, loss=loss, solver=LBFGS(), max_steps=60, **WHOLE)
+        for loss in (tiny, plain)
+    )
+    np.testing.assert_array_equal(2.0**20 * np.array(small.history["loss"]), ours.history["loss"])
