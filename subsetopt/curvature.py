@@ -31,7 +31,7 @@ MATRIX_LIMIT = 20_000  # rows and columns up to which a square matrix is kept: 1
 _WINDOW = 4  # row samples that SampleSpace averages over: with averaging 0.5, 94 % of all weight
 _PRECONDITIONER_ROWS = 256
 _REFINEMENTS = 20
-_MODEL_RATE, _ROW_RATE = 6.0, 14.0  # see form_flops
+_MODEL_RATE, _ROW_RATE = 15.0, 36.0  # see form_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,15 +421,17 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
 
         dense   h n g + n P^2 + D P^3 / 3
         sample  h n g + (W n)^2 P + D (W n)^3 / 3
-        cg      h r g + r^2 P + D c (5/3 m n g / M + 4 r P)
+        cg      h r g + r^2 P + D c (5/3 m g a n / M + 4 r P)
 
-    Heuristics: CG needs half of the steps it may. The model's own operations run at a sixth of the rate of large
-    matrix products, and a row costs 2.4 gradients (convolutions on CPUs): m = 6, h = 14.
+    Heuristics: CG needs half of the steps it may. The other forms average over steps for nothing, CG would need
+    a = 1 / (1 - averaging) times the examples to know as much. The model's own operations run at a fifteenth of the
+    rate of large matrix products, and a row costs 2.4 gradients (small convolutions on CPUs): m = 15, h = 36.
     """
     g, p = gradient_flops(problem), problem.parameters
     n = recipe.most_rows(problem)
     rows, steps, r = window(problem, recipe) * n, recipe.cg_max_steps / 2, _preconditioner(problem)
-    products = dampings * steps * (PRODUCT * _MODEL_RATE * g * n / problem.outputs + 4 * r * p)
+    seen = n / problem.outputs / (1.0 if recipe.rows is None else 1 - recipe.averaging)
+    products = dampings * steps * (PRODUCT * _MODEL_RATE * g * seen + 4 * r * p)
     flops = {"cg": _ROW_RATE * r * g + r**2 * p + products}
     if p <= MATRIX_LIMIT:
         flops["dense"] = _ROW_RATE * n * g + n * p**2 + dampings * p**3 / 3

@@ -55,10 +55,13 @@ class Devices:
         """Whether the devices are CPUs."""
         return self.all[0].platform == "cpu"
 
-    def block_size(self, wanted: int | None) -> int:
-        """A block size that splits evenly; the default is what the backend's kernels like (measured, not tuned)."""
-        size = wanted or (128 if self.on_cpu else 2048) * self.count
+    def even(self, size: int) -> int:
+        """The next block size that splits evenly over the devices."""
         return -(-size // self.count) * self.count
+
+    def default_block(self, convolves: bool) -> int:
+        """A block size that the backend's kernels like (measured on CPUs, not tuned): convolutions want small ones."""
+        return (2048 if not self.on_cpu else 128 if convolves else 512) * self.count
 
     def hold(self, size: int) -> bool:
         """Whether every device has room for so many bytes of data beside the solver's own."""

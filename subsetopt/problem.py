@@ -25,6 +25,8 @@ from subsetopt.model import Constants, Model, Params, prepare
 # Price of one example in sample_grads.
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
 
+_ROW_BLOCK_NUMBERS = 1 << 24  # in a block of Jacobian rows: 64 MB in float32
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -283,9 +285,9 @@ class Problem:
         return self.driver.reduce(kernel, static, sums, shared, data, sample, extra, size or self.block_size)
 
     def _row_block(self, u: Any) -> int:
-        """Examples a block of rows: as many rows as a product of matrices likes."""
-        size = 4 * self.block_size if u is not None else -(-4 * self.block_size // self.outputs)
-        return self.driver.devices.block_size(size)
+        """Examples a block of rows: as many rows as large products like, fewer where they are long."""
+        rows = min(max(_ROW_BLOCK_NUMBERS // self.parameters, 64), 1024)
+        return self.driver.devices.even(rows if u is not None else -(-rows // self.outputs))
 
     def real(self, value: Any) -> Any:
         """A number of Python in the dtype of the problem."""
@@ -346,12 +348,17 @@ def make_problem(
     own = choose(devices)
     objective = Objective(static, resolve(loss))
     outputs = _checked_outputs(objective, loss, w, constants, x, y)
-    size = own.block_size(block_size)
+    default = min(own.default_block(_convolves(static, w, constants, x)), len(x))
+    size = own.even(block_size or default)
     x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
     arrays = (constants, x, y, *subset_of(np.arange(len(x), dtype=np.int32), w.dtype), int(seed), float(l2))
     problem = Problem(objective, Host(own), size, w.size, outputs, np.dtype(w.dtype), *arrays)
     _check_deterministic(problem, w)
     return problem, w
+
+
+def _convolves(model: Model, w: Array, constants: Constants, x: Any) -> bool:
+    return "conv_general_dilated" in str(jax.make_jaxpr(model.outputs)(w, constants, x[:1]))
 
 
 def _checked_outputs(objective: Objective, loss: Any, w: Array, constants: Constants, x: Any, y: Any) -> int:
