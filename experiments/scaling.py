@@ -317,7 +317,7 @@ def parameter_points(smoke: bool) -> list[Point]:
 
 
 def measure_parameters(model: str, ratio: float, form: str, examples: int) -> list[Row]:
-    """auto: what the cost model picks, and flops: what it thinks of each form."""
+    """auto: what the cost model picks; modelled_flops: what it thinks of each form."""
     network, shape = MODELS[model]
     data, solver = Teacher(shape).fill(examples), GaussNewton(curvature_ratio=ratio, linear_solve=form)
     row: Row = {"series": f"{form}-{ratio}", "model": model, "ratio": ratio, "form": form, "examples": examples}
@@ -326,7 +326,7 @@ def measure_parameters(model: str, ratio: float, form: str, examples: int) -> li
     def look(problem: Any, w: Array) -> None:
         recipe, dampings = recipe_of(solver, w.size), len(solver.damping_factors)
         row["auto"] = forms[type(curvature.form_of(problem, recipe, "auto", dampings))]
-        row["flops"] = curvature.form_flops(problem, recipe, dampings)
+        row["modelled_flops"] = curvature.form_flops(problem, recipe, dampings)
         row["parameters"], row["gradient_flops"] = w.size, curvature.gradient_flops(problem)
 
     result = fit(network, data, Looking(solver, look), max_steps=3, driver="host")
@@ -394,16 +394,17 @@ def linalg_bars(rows: list[Row]) -> list[Row]:
 
 
 def cg_points(smoke: bool) -> list[Point]:
+    """most: products that a solve may take."""
     if smoke:
-        return [{"what": "matrix", "size": 64}, {"what": "network", "size": 200}]
-    return [{"what": "matrix", "size": 1000}, {"what": "network", "size": 4000}]
+        return [{"what": "matrix", "size": 64, "most": 500}, {"what": "network", "size": 200, "most": 10}]
+    return [{"what": "matrix", "size": 1000, "most": 2000}, {"what": "network", "size": 4000, "most": 500}]
 
 
-def measure_cg(what: str, size: int) -> list[Row]:
-    return residuals_of_a_matrix(size) if what == "matrix" else products_of_a_network(size)
+def measure_cg(what: str, size: int, most: int) -> list[Row]:
+    return (residuals_of_a_matrix if what == "matrix" else products_of_a_network)(size, most)
 
 
-def residuals_of_a_matrix(size: int) -> list[Row]:
+def residuals_of_a_matrix(size: int, most: int) -> list[Row]:
     """float32 on a matrix of known spectrum, from 1 to 1e-3; the residual in float64."""
     rng = np.random.default_rng(0)
     basis, _ = np.linalg.qr(rng.standard_normal((size, size)))
@@ -421,7 +422,7 @@ def residuals_of_a_matrix(size: int) -> list[Row]:
     return rows
 
 
-def products_of_a_network(examples: int) -> list[Row]:
+def products_of_a_network(examples: int, most: int) -> list[Row]:
     """The Gauss-Newton system of a network after five steps, without a preconditioner and with some."""
     model, data = CNN((8, 12)), Teacher(IMAGE).fill(examples)
     params = fit(model, data, GaussNewton(), max_steps=5).params
@@ -430,16 +431,16 @@ def products_of_a_network(examples: int) -> list[Row]:
     def look(problem: Any, w: Array) -> None:
         evaluation = problem.evaluate(w, uncertain=True)
         for preconditioner in (0, 64, 256, 1024):
-            rows.extend(_systems(problem, w, evaluation, preconditioner))
-        rows.extend(_norms(problem, w, evaluation))
+            rows.extend(_systems(problem, w, evaluation, preconditioner, most))
+        rows.extend(_norms(problem, w, evaluation, most))
 
     fit(model, data, Looking(GaussNewton(), look), params)
     return rows
 
 
-def _form(problem: Any, w: Array, uncertainty: Any, rows: int, tolerance: float) -> tuple[Any, Any, float]:
-    """The matrix-free form, with its sample taken, and the seconds of that."""
-    recipe = recipe_of(GaussNewton(cg_tolerance=tolerance, cg_max_steps=1000), w.size)
+def _form(problem: Any, w: Array, uncertainty: Any, rows: int, bounds: tuple[float, int]) -> tuple[Any, Any, float]:
+    """The matrix-free form, with its sample taken, and the seconds of that; bounds: tolerance and most steps of CG."""
+    recipe = recipe_of(GaussNewton(cg_tolerance=bounds[0], cg_max_steps=bounds[1]), w.size)
     form = curvature.MatrixFree(recipe, max(rows, 1))
     renew = functools.partial(form.renewed, problem, w, uncertainty, form.empty(problem, w), jax.random.key(0))
     renew()  # compiles
@@ -447,24 +448,22 @@ def _form(problem: Any, w: Array, uncertainty: Any, rows: int, tolerance: float)
     return form, kept, seconds
 
 
-def _systems(problem: Any, w: Array, evaluation: Any, preconditioner: int) -> list[Row]:
-    """Products to a residual of 1e-2, which is our default, and of 1e-4."""
+def _systems(problem: Any, w: Array, evaluation: Any, preconditioner: int, most: int) -> list[Row]:
+    """Products to a residual of 1e-2, our default."""
+    form, kept, sampling = _form(problem, w, evaluation.uncertainty, preconditioner, (1e-2, most))
+    scale, _ = form.mean_diagonal(problem, w, kept, jax.random.key(1))
+    solve = functools.partial(_solve, form, problem, w, kept, evaluation.grad, preconditioner)
+    solve(scale)  # compiles
     rows = []
-    for tolerance in (1e-2, 1e-4):
-        form, kept, sampling = _form(problem, w, evaluation.uncertainty, preconditioner, tolerance)
-        scale, _ = form.mean_diagonal(problem, w, kept, jax.random.key(1))
-        for fraction in (1e-1, 1e-2, 1e-3):
-            solve = functools.partial(_solve, form, problem, w, kept, fraction * scale, evaluation.grad, preconditioner)
-            solve()  # compiles
-            (_, products), seconds = clocked(solve)
-            row = {"preconditioner": preconditioner, "damping": fraction, "tolerance": tolerance}
-            timed = {"products": int(products), "solve_seconds": seconds, "sample_seconds": sampling}
-            rows.append({"series": "network"} | row | timed)
+    for fraction in (1e-1, 1e-2, 1e-3):
+        (_, products), seconds = clocked(solve, fraction * scale)
+        row = {"preconditioner": preconditioner, "damping": fraction, "products": int(products)}
+        rows.append({"series": "network"} | row | {"solve_seconds": seconds, "sample_seconds": sampling})
     return rows
 
 
 def _solve(
-    form: Any, problem: Any, w: Array, kept: Any, damping: Array, grad: Array, preconditioner: int
+    form: Any, problem: Any, w: Array, kept: Any, grad: Array, preconditioner: int, damping: Array
 ) -> tuple[Array, Any]:
     """The solution, and the products that it took."""
     if preconditioner:
@@ -479,14 +478,14 @@ def _solve(
     return curvature.conjugate_gradient(loop, product, lambda v: v, -grad, kept.solution, *bounds)
 
 
-def _norms(problem: Any, w: Array, evaluation: Any) -> list[Row]:
+def _norms(problem: Any, w: Array, evaluation: Any, most: int) -> list[Row]:
     """Residuals of the network's own system, its right-hand side scaled."""
-    form, kept, _ = _form(problem, w, evaluation.uncertainty, 256, 1e-5)
+    form, kept, _ = _form(problem, w, evaluation.uncertainty, 256, (1e-5, most))
     scale, _ = form.mean_diagonal(problem, w, kept, jax.random.key(1))
-    rows, damping = [], 1e-2 * scale
+    rows, damping = [], 1e-1 * scale
     for norm in (1.0, 1e-2, 1e-4, 1e-6):
         right = evaluation.grad * (norm / evaluation.norm)
-        solution, products = _solve(form, problem, w, kept, damping, right, 256)
+        solution, products = _solve(form, problem, w, kept, right, 256, damping)
         left = right + problem.product(w, solution, kept.sample) + damping * solution
         residual = float(jnp.linalg.norm(left / norm))  # divided first: squares of 1e-12 do not fit float32
         rows.append({"series": "network-norms", "norm": norm, "residual": residual, "products": int(products)})

@@ -4,6 +4,7 @@ Reads records of the experiment `scaling`: `examples` and `parameters`, one figu
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -12,16 +13,22 @@ from matplotlib.figure import Figure
 from paper_figures import style
 from paper_figures.demo import label_ticks
 
-SOLVERS = {
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lbfgs": ("L-BFGS", {"color": style.ORANGE, "marker": "o"}),
     "dense": ("Gauss-Newton", {"color": style.BLUE, "marker": "s"}),
 }
-FORMS = {
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {"color": style.BLUE, "marker": "s"}),
     "sample": ("sample space", {"color": style.GREEN, "marker": "o"}),
     "cg": ("conjugate gradients", {"color": style.VERMILION, "marker": "^"}),
 }
-PICKED = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "color": style.BLACK, "linestyle": ""}
+PICKED: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 9,
+    "markerfacecolor": "none",
+    "color": style.BLACK,
+    "linestyle": "",
+}
 
 
 def draw(records: list[dict], out: Path) -> list[Path]:

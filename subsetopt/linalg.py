@@ -16,12 +16,15 @@ _LARGE = 5000
 
 
 def add_gram(gram: Array, rows: Array) -> Array:
-    """The lower triangle of gram + R'R, gram (P, P) and R = rows (n, P); what is above the diagonal means nothing."""
+    """The lower triangle of gram + R'R, gram (P, P) and R = rows (n, P); what is above the diagonal means nothing.
+
+    The product has the precision that is the default where this is called.
+    """
     p = gram.shape[0]
     width = -(-p // _PANELS)
     for start in range(0, p, width):
         stop = min(start + width, p)
-        panel = lax.slice(gram, (start, start), (p, stop)) + _product(rows[:, start:], rows[:, start:stop], 0, 0)
+        panel = lax.slice(gram, (start, start), (p, stop)) + rows[:, start:].T @ rows[:, start:stop]
         gram = lax.dynamic_update_slice(gram, panel, (start, start))
     return gram
 
@@ -123,10 +126,14 @@ def _blocked_solve(factor: Array, b: Array) -> Array:
         others = x - _product(rows, own, 0, 0)
         return lax.dynamic_update_slice(others, own, (start, 0))
 
-    x = lax.fori_loop(0, count, lambda i, x: forward(i * _LEAF, x), b)
+    x = b
+    if count:
+        x = lax.fori_loop(0, count, lambda i, x: forward(i * _LEAF, x), x)
     if rest:
         x = backward(p - rest, forward(p - rest, x, rest), rest)
-    return lax.fori_loop(0, count, lambda i, x: backward((count - 1 - i) * _LEAF, x), x)
+    if count:
+        x = lax.fori_loop(0, count, lambda i, x: backward((count - 1 - i) * _LEAF, x), x)
+    return x
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:

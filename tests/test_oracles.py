@@ -11,7 +11,7 @@ import pytest
 import scipy.optimize
 from jax import Array
 from jax.flatten_util import ravel_pytree
-from problems import Example, least_squares, problems, pseudo_huber
+from problems import Example, least_squares, linear, problems, pseudo_huber
 
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Status, fit_subset
 from subsetopt.curvature import Dense, Recipe, SampleSpace, conjugate_gradient, form_of
@@ -177,6 +177,18 @@ def test_drawing_by_uncertainty_is_unbiased_and_repeats_no_example_too_often():
     np.testing.assert_allclose(total[100:140], 1 / 40, rtol=0.1)
     assert not total[:100].any()
     assert not total[140:].any()
+
+
+def test_draws_survive_rounding_in_the_uncertainties():
+    with jax.enable_x64(False):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(20_000, 2)).astype(np.float32)
+        problem, _ = make_problem(linear, (x, x[:, :1]), {"w": np.zeros((2, 1), np.float32)}, loss="squared_error")
+        uncertainty = rng.uniform(0, 1, 20_000).astype(np.float32)
+        other = uncertainty * (1 + rng.choice([-1e-7, 0, 1e-7], 20_000).astype(np.float32))
+        for key in jax.random.split(jax.random.key(0), 5):
+            ours, theirs = (np.asarray(problem.draw(key, u, 3000)[0]) for u in (uncertainty, other))
+            assert np.sum(ours != theirs) <= 2
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 30])
