@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subsetopt.pages import Pages
+
 
 def require(condition: Any, name: str, must: str, found: Any, way_out: str) -> None:
     """Raise ValueError("<name> must <must>, found <found>; <way out>.") unless the condition holds."""
@@ -187,8 +189,10 @@ def finite(name: str, values: Any) -> None:
     """No NaN and no infinity; looked at in pieces, so that a memory-mapped file stays on disk."""
     if not jnp.issubdtype(values.dtype, np.inexact):
         return
+    pages = Pages(values)
     for start in range(0, len(values), 4096):
         piece = np.asarray(values[start : start + 4096])
+        pages.read(piece)
         good = np.isfinite(piece.reshape(len(piece), -1)).all(axis=1)
         if not good.all():
             row = start + int(np.flatnonzero(~good)[0])

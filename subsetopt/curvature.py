@@ -108,9 +108,11 @@ class Dense:
     recipe: Recipe
 
     def empty(self, problem: Problem, w: Array) -> Matrix:
+        """A zero matrix."""
         return Matrix(jnp.zeros((w.size, w.size), w.dtype), jnp.zeros((), np.int32))
 
     def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Matrix, key: Array) -> tuple[Matrix, Any]:
+        """One pass over the new rows."""
         sample, u = self.recipe.draw(problem, uncertainty, key)
         old = 0.0 if u is None else self.recipe.averaging
         # The new rows are added onto the old matrix: no second one is ever held.
@@ -120,9 +122,11 @@ class Dense:
         return Matrix(a, kept.samples + 1), self.recipe.cost(problem, sample)
 
     def mean_diagonal(self, problem: Problem, w: Array, kept: Matrix, key: Array) -> tuple[Array, Any]:
+        """Of the matrix itself."""
         return jnp.mean(jnp.diagonal(kept.a)), 0
 
     def solve(self, problem: Problem, w: Array, kept: Matrix, damping: Any, grad: Array) -> tuple[Array, Matrix, Any]:
+        """By Cholesky."""
         return _solve_dense(kept.a, damping + problem.real(problem.l2), grad), kept, 0
 
 
@@ -176,11 +180,13 @@ class SampleSpace:
     push_through: bool
 
     def empty(self, problem: Problem, w: Array) -> RowSpace:
+        """No rows."""
         n = self.window * self.recipe.most_rows(problem)
         rows, gram, zeros = (jnp.zeros(shape, w.dtype) for shape in ((n, w.size), (n, n), (n,)))
         return RowSpace(rows, zeros, gram, zeros, jnp.zeros((), np.int32))
 
     def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: RowSpace, key: Array) -> tuple[RowSpace, Any]:
+        """The new rows in front, the oldest ones gone."""
         sample, u = self.recipe.draw(problem, uncertainty, key)
         with self.recipe.fast():
             new = problem.rows(w, sample, u)
@@ -189,9 +195,11 @@ class SampleSpace:
         return kept, self.recipe.cost(problem, sample)
 
     def mean_diagonal(self, problem: Problem, w: Array, kept: RowSpace, key: Array) -> tuple[Array, Any]:
+        """From trace(R R') = trace(R'R)."""
         return jnp.trace(kept.gram) / problem.parameters, 0
 
     def solve(self, problem: Problem, w: Array, kept: RowSpace, damping: Any, grad: Array):
+        """By Cholesky of R R'; exact to rounding where the gradient is made of the same rows."""
         l2 = problem.real(problem.l2)
         if self.push_through:
             return _push_through(kept, damping + l2, l2 * w), kept, 0
@@ -270,14 +278,17 @@ class MatrixFree:
     preconditioner: int
 
     def empty(self, problem: Problem, w: Array) -> Examples:
+        """No examples."""
         n = self._examples(problem)
         sample = Sample(jnp.zeros(n, np.int32), jnp.zeros(n, w.dtype), jnp.zeros((), np.int32))
         rows = self._row_space().empty(problem, w)
         return Examples(sample, rows, jnp.zeros_like(w), jnp.zeros((), np.int32))
 
     def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Examples, key: Array) -> tuple[Examples, Any]:
+        """New examples, and new rows for the preconditioner."""
         draw, turn, rows = jax.random.split(key, 3)
         sample = problem.whole()
+        sample = sample._replace(weights=jnp.broadcast_to(sample.weights, sample.indices.shape))
         if self.recipe.rows is not None:
             _, fresh = problem.draw(draw, uncertainty, self._examples(problem))
             sample = _turned_over(self.recipe.averaging, kept, fresh, turn)
@@ -291,6 +302,7 @@ class MatrixFree:
         return jnp.vdot(v, product) / problem.parameters - problem.real(problem.l2), kept.sample.count
 
     def solve(self, problem: Problem, w: Array, kept: Examples, damping: Any, grad: Array):
+        """By conjugate gradients from the last solution."""
         lam = _own_damping(kept.rows, damping + problem.real(problem.l2))
         factor = _jitted_factor(kept.rows, lam)
 

@@ -23,8 +23,8 @@ Kernel = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 AXIS = "data"
 _LOST = (
-    "Process {} lost another process of this fit: it died, failed, or made another call. All of them have to be started "
-    "again, with the same arguments; with checkpoint=FOLDER they go on where they were."
+    "Process {} lost another process of this fit: it died, failed, or made another call. All of them have to be "
+    "started again, with the same arguments; with checkpoint=FOLDER they go on where they were."
 )
 _MEMORY_SHARE = 0.5  # of a device's memory that the data may fill; the rest is for the solver
 

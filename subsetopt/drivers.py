@@ -9,7 +9,6 @@ Compiled: `lax` loops inside one program over data on the device, many steps a d
 
 import dataclasses
 import functools
-import mmap
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,15 +18,16 @@ import numpy as np
 from jax import Array, lax
 
 from subsetopt.devices import Devices, Kernel
+from subsetopt.pages import Pages
 
 _AHEAD = 2  # blocks sent and not yet done: one that computes, one that waits; memory stays that of few blocks
-_RELEASE = 64 << 20  # bytes of a memory-mapped file after which its pages are given back
 
 
 class Sample(NamedTuple):
     """Weighted examples: sum_i weights_i q_i estimates the subset's mean of q.
 
-    indices, weights: (n,), of which the first `count` stand; the rest, of weight zero, is there for a constant shape.
+    indices: (n,), of which the first `count` stand, the rest being there for a constant shape. weights: (n,), or ()
+    where all have the same.
     """
 
     indices: Any
@@ -60,10 +60,11 @@ class Host:
         extra: arrays of n rows that go with the sample. size: examples a block, over all devices.
         """
         sample, extra = jax.tree.map(np.asarray, (sample, extra))
+        sample = sample._replace(weights=np.broadcast_to(sample.weights, sample.indices.shape))
         devices, part = self.devices, size // self.devices.count
         width = part * len(devices.local)
         sums, shared = devices.start(sums), devices.share(shared)
-        each, waiting, pages = None, [], _Pages(data)
+        each, waiting, pages = None, [], Pages(*data)
         for start in range(0, int(sample.count), size):
             start += part * devices.first
             block = _block(data, sample, extra, start, width)
@@ -71,11 +72,20 @@ class Host:
             waiting.append((start, values))
             if len(waiting) > _AHEAD:
                 each = self._keep(each, *waiting.pop(0), sample)
-            pages.read(block)
+            pages.read(*block)
         for start, values in waiting:
             each = self._keep(each, start, values, sample)
         pages.release()
         return devices.finish(sums, each)
+
+    def total(self, weights: Any, new: Any, old: Any = None) -> Any:
+        """The sum of weights (new - old) over examples, (n,) each or () for the weights; in float64, by pieces."""
+        weights, new, piece = np.broadcast_to(weights, new.shape), np.asarray(new), 1 << 16
+        total = 0.0
+        for part in (slice(start, start + piece) for start in range(0, len(new), piece)):
+            values = new[part].astype(np.float64) - (0 if old is None else np.asarray(old[part]))
+            total += values @ weights[part].astype(np.float64)
+        return new.dtype.type(total)
 
     def _keep(self, each: Any, start: int, values: Any, sample: Sample) -> Any:
         """Write a block's per-example values to their place in `each`, made by the first one; waits for the block."""
@@ -100,27 +110,6 @@ def _block(data: Any, sample: Sample, extra: Any, start: int, width: int) -> tup
     return (*(np.asarray(a[indices]) for a in data), weights, *(a[places] for a in extra))
 
 
-class _Pages:
-    """Gives the pages of memory-mapped data back, so that what was read does not stay resident."""
-
-    def __init__(self, data: Any):
-        # Not of a private map (mode "c"): there the pages are all there is.
-        self.maps = [a._mmap for a in data if isinstance(a, np.memmap) and a.mode in ("r", "r+")]
-        self.bytes = 0
-
-    def read(self, block: Any) -> None:
-        """Note a block that was read."""
-        self.bytes += sum(a.nbytes for a in block)
-        if self.bytes > _RELEASE:
-            self.release()
-
-    def release(self) -> None:
-        """Give back all pages."""
-        for file in self.maps:
-            file.madvise(mmap.MADV_DONTNEED)
-        self.bytes = 0
-
-
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """Everything in one program, the data on every device."""
@@ -141,6 +130,7 @@ class Compiled:
     ):
         """As Host.reduce: a loop over blocks on each device, then one all-reduce for sums and values together."""
         part, n = size // self.devices.count, len(sample.indices)
+        all_weights = jnp.broadcast_to(sample.weights, sample.indices.shape)
         rank = self.devices.rank()
         capacity = -(-n // size) * size
 
@@ -150,7 +140,7 @@ class Compiled:
             inside = places < sample.count
             places = jnp.minimum(places, sample.count - 1)
             indices = sample.indices[places]
-            weights = jnp.where(inside, sample.weights[places], 0)
+            weights = jnp.where(inside, all_weights[places], 0)
             return start, (inside, (*(a[indices] for a in data), weights, *(a[places] for a in extra)))
 
         def add(number: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -165,6 +155,11 @@ class Compiled:
         blocks = (sample.count + size - 1) // size
         sums, each = self.devices.total(lax.fori_loop(0, blocks, add, (mine, each)))
         return sums, jax.tree.map(lambda e: e[:n], each)
+
+    def total(self, weights: Any, new: Any, old: Any = None) -> Array:
+        """As Host.total, in two rounds: rounding grows with the square root of n, not with n."""
+        values = weights * (new if old is None else new - old)
+        return jnp.sum(jnp.sum(jnp.pad(values, (0, -values.size % 512)).reshape(-1, 512), axis=1))
 
 
 def _put(start: Array, inside: Array, each: Array, values: Array) -> Array:

@@ -267,8 +267,7 @@ def _flatten(problem: Problem, params: Params) -> Array:
 
 
 def _mean_loss(problem: Problem, w: Array) -> float:
-    whole = problem.whole()
-    return float(whole.weights @ problem.losses(w, whole))
+    return float(np.mean(problem.losses(w, problem.whole()), dtype=np.float64))
 
 
 def warm_up(problem: Problem, w: Array, mask: Params | None, epochs: float, seed: int) -> tuple[Array, float]:

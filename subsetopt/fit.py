@@ -195,7 +195,7 @@ class _Fit:
         n = problem.examples
         probe = min(PROBE_EXAMPLES, int(PROBE_SHARE * n))
         self.sizes = growth.sizes(n, problem.parameters, problem.outputs, probe)
-        self.order = draw_order(host.y, seed)
+        self.order = draw_order(host.y, seed).astype(np.int32)
         watched = probe > 0 and self.sizes[0] < n
         self.probe: Sample | None = subset_of(self.order[n - probe :], problem.dtype) if watched else None
         self.pool = self.order[: n - probe]
@@ -255,6 +255,10 @@ class _Fit:
     def _subset(self) -> Problem:
         """The first K of the order, or K fresh ones of the pool, the same for the same seed and step."""
         size = self.sizes[self.stage]
+        if size == self.problem.examples:
+            return dataclasses.replace(
+                self.problem, subset=self.host.subset, weights=self.host.weights, count=self.host.count, fresh=False
+            )
         if not self.fresh:
             return self.problem.on(self.order[:size])
         rng = np.random.default_rng((self.seed, self.n_steps))
@@ -346,7 +350,7 @@ class _Fit:
         if self.probe is None or not self._probe_is_outside():
             return None
         self.probe_cost += LOSS * len(self.probe.indices)
-        return float(self.probe.weights @ self.host.losses(self._here(self.state.w), self.probe))
+        return float(np.mean(self.host.losses(self._here(self.state.w), self.probe), dtype=np.float64))
 
     def _close_stage(self, status: Status) -> None:
         if self.stage_steps == 0:  # interrupted before its first step: nothing is known of it
@@ -378,7 +382,9 @@ class _Fit:
 
     def result(self) -> FitResult:
         """The result at the current point, whose loss on the last subset is evaluated if it is not known."""
-        subset = dataclasses.replace(self.host, subset=self.problem.subset, count=self.problem.count)
+        subset = dataclasses.replace(
+            self.host, subset=self.problem.subset, weights=self.problem.weights, count=self.problem.count
+        )
         self.state: State = evaluated(subset, self._here(self.state))
         message = self.status.message
         if self.problem.ratio < 1:

@@ -115,7 +115,7 @@ class GaussNewton:
         kept = self._form(problem).empty(problem, w)
         none = jnp.zeros((), np.int32)
         memory = Memory(jax.random.key(problem.seed), kept, none > 0, jnp.full((), jnp.nan, w.dtype), w * 0, none)
-        return start(problem, w, memory)
+        return start(problem, w, memory, uncertain=True)
 
     def step(self, problem: Problem, state: State) -> State:
         """Gradient, curvature, candidates, the best of them, and its test on the whole subset."""
@@ -158,7 +158,7 @@ class GaussNewton:
         memory: Memory = state.memory
         key, draw = jax.random.split(memory.key)
         positions, sample = self._trial_sample(problem, state, draw)
-        losses0 = jnp.asarray(state.evaluation.losses)[positions]
+        losses0 = state.evaluation.losses[positions]
         previous = jnp.any(memory.previous != 0)
         nothing = Choice(memory.previous, jnp.zeros_like(memory.damping), memory.damping, jnp.zeros((), np.int32))
         choice, kept, products = nothing, memory.kept, 0
@@ -194,8 +194,8 @@ class GaussNewton:
 
         def whole() -> tuple[Any, Sample]:
             positions = jnp.arange(size, dtype=np.int32)
-            indices, weights, count = problem.whole()
-            return positions, Sample(jnp.asarray(indices[:size]), jnp.asarray(weights[:size]), jnp.asarray(count))
+            weights = jnp.broadcast_to(problem.weights, (size,))
+            return positions, Sample(jnp.asarray(problem.subset[:size]), weights, jnp.asarray(problem.count))
 
         def drawn() -> tuple[Any, Sample]:
             n = min(self.trial_examples, size)

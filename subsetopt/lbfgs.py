@@ -178,7 +178,9 @@ class LBFGS:
         """The state after a line search; STALLED where no trial lowers the loss."""
         before = state.evaluation
         line = _begin(state.memory, state.w, before.grad, before.value)
-        start = Walk(line, Best(state.w, before, jnp.zeros_like(before.value), line.again), state.memory, 0 * line.trials)
+        start = Walk(
+            line, Best(state.w, before, jnp.zeros_like(before.value), line.again), state.memory, 0 * line.trials
+        )
         walk = problem.driver.while_loop(lambda walk: walk.line.goes_on, partial(self._trial, problem, state), start)
         state = charged(state, GRADIENT, walk.evals * problem.count, walk.evals)
 
@@ -196,10 +198,10 @@ class LBFGS:
         w, before = walk.line.w, state.evaluation
         trial = problem.evaluate(w)
         difference = problem.difference(w, state.w, trial.losses, before.losses, problem.weights)
-        line, better = _judge(
-            self.max_trials, walk.line, state.w, trial.grad, difference, walk.best, walk.pairs.rho
+        line, better = _judge(self.max_trials, walk.line, state.w, trial.grad, difference, walk.best, walk.pairs.rho)
+        best = problem.driver.cond(
+            better, lambda best: Best(w, trial, difference, better), lambda best: best, walk.best
         )
-        best = problem.driver.cond(better, lambda best: Best(w, trial, difference, better), lambda best: best, walk.best)
         walk = Walk(line, best, walk.pairs, walk.evals + 1)
 
         def anew(walk: Walk) -> Walk:

@@ -1,31 +1,28 @@
 """Dense symmetric linear algebra on lower triangles, from XLA's matrix products where these are what is fast.
 
-On CPU, XLA hands a factorisation to LAPACK, which runs at a third of XLA's own products or less; worse, LAPACK's threads
-spin on after every call and take the cores from the product that follows. So LAPACK sees only matrices too small for
-threads here. Left-looking blocked Cholesky: Golub and Van Loan, Matrix Computations (2013), section 4.2.
+On CPU, XLA hands a factorisation to LAPACK, which runs at a third of XLA's own products or less; worse, LAPACK's
+threads spin on after every call and take the cores from the product that follows. So LAPACK sees only matrices too
+small for threads here. Left-looking blocked Cholesky: Golub and Van Loan, Matrix Computations (2013), section 4.2.
 """
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 # All measured, two AVX-512 cores.
-_PANELS = 8  # column panels of the Gram update: (8 + 1) / 16 of the full product's work
+_PANELS = (4, 12)  # of rows, in the Gram update, at least and at most: k take (k + 1) / 2k of the full product's work
 _LEAF = 64  # LAPACK gets twice this, and starts threads from 200
 _WIDTHS = (256, 512)  # of a panel of the factorisation, up to _LARGE columns and beyond
 _LARGE = 5000
 
 
 def add_gram(gram: Array, rows: Array) -> Array:
-    """The lower triangle of gram + R'R, gram (P, P) and R = rows (n, P); what is above the diagonal means nothing.
-
-    The product has the precision that is the default where this is called.
-    """
+    """The lower triangle of gram + R'R, gram (P, P) and R = rows (n, P); what is above the diagonal means nothing."""
     p = gram.shape[0]
-    width = -(-p // _PANELS)
-    for start in range(0, p, width):
-        stop = min(start + width, p)
-        panel = lax.slice(gram, (start, start), (p, stop)) + rows[:, start:].T @ rows[:, start:stop]
-        gram = lax.dynamic_update_slice(gram, panel, (start, start))
+    height = -(-p // min(max(p // 1000, _PANELS[0]), _PANELS[1]))
+    for start in range(0, p, height):
+        stop = min(start + height, p)
+        panel = lax.slice(gram, (start, 0), (stop, stop)) + _product(rows[:, start:stop], rows[:, :stop], 0, 0)
+        gram = lax.dynamic_update_slice(gram, panel, (start, 0))
     return gram
 
 
@@ -53,20 +50,23 @@ def _library_solve(factor: Array, b: Array) -> Array:
 
 
 def _blocked_cholesky(a: Array) -> Array:
-    """Left-looking, in place: each panel is written once, when all that reads its old content is done."""
+    """Left-looking, panel by panel of columns, into a matrix of zeros.
+
+    Not into a: XLA may compute a panel anew where it is used, and copies a whole matrix to have its old content then.
+    """
     p = a.shape[0]
     width = _WIDTHS[p > _LARGE]
+    factor = jnp.zeros_like(a)
     for start in range(0, p, width):
         stop = min(start + width, p)
         panel = a[start:, start:stop]
         if start:
-            done = a[start:, :start]
+            done = factor[start:, :start]
             panel = panel - _product(done, done[: stop - start], 1, 1)
         corner, inverse = _factor_and_inverse(panel[: stop - start])
-        above = jnp.zeros((start, stop - start), a.dtype)
-        panel = jnp.concatenate([above, corner, _product(panel[stop - start :], inverse, 1, 1)])
-        a = lax.dynamic_update_slice(a, panel, (0, start))
-    return a
+        below = _product(panel[stop - start :], inverse, 1, 1)
+        factor = lax.dynamic_update_slice(factor, jnp.concatenate([corner, below]), (start, start))
+    return factor
 
 
 def _factor_and_inverse(a: Array) -> tuple[Array, Array]:
@@ -117,7 +117,9 @@ def _blocked_solve(factor: Array, b: Array) -> Array:
     def forward(start: Array | int, x: Array, size: int = _LEAF) -> Array:
         rows, corner, own = block(x, start, size)
         known = jnp.where(jnp.arange(p)[:, None] < start, x, 0)
-        own = lax.linalg.triangular_solve(corner.T, own - _product(rows, known, 1, 0), left_side=True, lower=False, transpose_a=True)
+        own = lax.linalg.triangular_solve(
+            corner.T, own - _product(rows, known, 1, 0), left_side=True, lower=False, transpose_a=True
+        )
         return lax.dynamic_update_slice(x, own, (start, 0))
 
     def backward(start: Array | int, x: Array, size: int = _LEAF) -> Array:

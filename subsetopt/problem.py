@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from subsetopt import checks
 from subsetopt.devices import Kernel, choose
@@ -40,7 +40,7 @@ class Evaluation(NamedTuple):
     """Loss and gradient of the subset at w, with the per-example values that come for free.
 
     value (): L(w). grad (P,): its gradient. norm (): |grad|. losses, uncertainty (N,): of each example, in the subset's
-    order, zero beyond it; uncertainty is zero as well where it was not asked for.
+    order, zero beyond it; uncertainty is None where it was not asked for.
     """
 
     value: Any
@@ -64,7 +64,7 @@ def _gradient_block(static: tuple[Objective, bool], grad: Array, shared: Any, bl
         return jnp.sum(weights * losses), (losses, outputs)
 
     g, (losses, outputs) = jax.grad(weighted, has_aux=True)(w)
-    return grad + g, (losses, objective.loss.uncertainty(outputs, y) if uncertain else jnp.zeros_like(losses))
+    return grad + g, (losses, objective.loss.uncertainty(outputs, y) if uncertain else None)
 
 
 def _loss_block(objective: Objective, nothing: Any, shared: Any, block: Any) -> tuple[Any, Array]:
@@ -134,25 +134,19 @@ def _whole_rows_block(objective: Objective, nothing: Any, shared: Any, block: An
     return nothing, (rows, c.reshape(len(weights), -1) * jnp.sqrt(weights)[:, None])
 
 
-# --- sums over examples --------------------------------------------------------------------------------------------
-
-
-def accurate_sum(v: Array) -> Array:
-    """The sum of v (n,), in two rounds: the rounding error grows with sqrt(n), not with n."""
-    return jnp.sum(jnp.sum(jnp.pad(v, (0, -v.size % 512)).reshape(-1, 512), axis=1))
+# --- what is left when the sums are done ---------------------------------------------------------------------------
 
 
 @jax.jit
-def _evaluation(weights: Array, losses: Array, uncertainty: Array, grad: Array, w: Array, l2: Array) -> Evaluation:
+def _penalised(value: Array, grad: Array, w: Array, l2: Array) -> tuple[Array, Array, Array]:
+    """Value, gradient and its norm, l2 included."""
     grad = grad + l2 * w
-    value = accurate_sum(weights * losses) + l2 / 2 * jnp.vdot(w, w)
-    return Evaluation(value, grad, jnp.linalg.norm(grad), losses, uncertainty)
+    return value + l2 / 2 * jnp.vdot(w, w), grad, jnp.linalg.norm(grad)
 
 
 @jax.jit
-def loss_difference(w: Array, w0: Array, losses: Array, losses0: Array, weights: Array, l2: Array) -> Array:
-    """L(w) - L(w0) from per-example losses: summing differences keeps what a difference of sums rounds away."""
-    return accurate_sum(weights * (losses - losses0)) + l2 / 2 * jnp.vdot(w - w0, w + w0)
+def _plus_penalty(difference: Array, w: Array, w0: Array, l2: Array) -> Array:
+    return difference + l2 / 2 * jnp.vdot(w - w0, w + w0)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -166,16 +160,17 @@ def _draw(n: int, key: Array, uncertainty: Array, count: Array) -> tuple[Array, 
     inside = jnp.arange(len(uncertainty), dtype=count.dtype) < count
     share = 1 / count.astype(uncertainty.dtype)
     s = jnp.where(inside, uncertainty, 0)
-    total = accurate_sum(s)
+    total = jnp.sum(s)
     s = jnp.where(total > 0, s / jnp.where(total > 0, total, 1), share)
     q = jnp.where(inside, 0.1 * share + 0.9 * s, 0)
     sure = jnp.floor(n * q)
     rest = n * q - sure
     number = jax.random.uniform(key, q.shape, q.dtype)
-    ranked = jnp.argsort(jnp.where(rest > 0, number / jnp.where(rest > 0, rest, 1), jnp.inf))
+    rank = jnp.where(rest > 0, number / jnp.where(rest > 0, rest, 1), jnp.inf)
+    _, first = lax.top_k(-rank, min(n, len(q)))
     times = sure.astype(count.dtype)
-    once_more = jnp.arange(len(q), dtype=count.dtype) < n - jnp.sum(times, dtype=count.dtype)
-    times = times.at[ranked].add(once_more.astype(count.dtype))
+    once_more = jnp.arange(len(first), dtype=count.dtype) < n - jnp.sum(times, dtype=count.dtype)
+    times = times.at[first].add(once_more.astype(count.dtype))
     positions = jnp.repeat(jnp.arange(len(q), dtype=count.dtype), times, total_repeat_length=n)
     return positions, share / (n * q[positions])
 
@@ -192,8 +187,8 @@ class Problem:
     """The loss of one subset, for the driver to evaluate; a pytree, so that a whole solve can be one program.
 
     x, y: all N examples: NumPy or a memmap for the host driver, arrays on the devices for the compiled one.
-    subset, weights: (N,) indices, of which the first `count` are in use, and 1 / count for these, zero for the rest: a
-    growing subset changes no shape, nothing recompiles.
+    subset: (N,) indices, of which the first `count` are in use: a growing subset changes no shape, nothing recompiles.
+    weights: (), 1 / count.
     fresh: the next step gets another subset, so nothing evaluated on this one is worth keeping.
     """
 
@@ -226,9 +221,9 @@ class Problem:
     def on(self, subset: np.ndarray, fresh: bool = False) -> "Problem":
         """The same loss on another subset."""
         # Sorted: blocks of neighbours are read in one piece, and the whole set needs no copy at all.
-        indices, weights = np.zeros(self.examples, np.int32), np.zeros(self.examples, self.dtype)
-        indices[: len(subset)], weights[: len(subset)] = np.sort(subset), 1 / max(len(subset), 1)
-        count = np.int32(len(subset))
+        indices = np.zeros(self.examples, np.int32)
+        indices[: len(subset)] = np.sort(subset)
+        _, weights, count = subset_of(subset, self.dtype)
         return dataclasses.replace(self, subset=indices, weights=weights, count=count, fresh=fresh)
 
     def whole(self) -> Sample:
@@ -242,15 +237,16 @@ class Problem:
         """
         sample, static = self.whole(), (self.objective, uncertain)
         grad, (losses, uncertainty) = self._reduce(_gradient_block, static, _zeros(w), (w, self.constants), sample)
-        return _evaluation(sample.weights, losses, uncertainty, grad, w, self.real(self.l2))
+        value = self.driver.total(sample.weights, losses)
+        return Evaluation(*_penalised(value, grad, w, self.real(self.l2)), losses, uncertainty)
 
     def losses(self, w: Array, sample: Sample) -> Any:
         """Per-example losses (n,) of a sample at w, without l2; costs LOSS * n."""
         return self._reduce(_loss_block, self.objective, (), (w, self.constants), sample)[1]
 
     def difference(self, w: Array, w0: Array, losses: Any, losses0: Any, weights: Any) -> Array:
-        """L(w) - L(w0) from per-example losses of a sample at both."""
-        return loss_difference(w, w0, losses, losses0, weights, self.real(self.l2))
+        """L(w) - L(w0) from per-example losses: summing differences keeps what a difference of sums rounds away."""
+        return _plus_penalty(self.driver.total(weights, losses, losses0), w, w0, self.real(self.l2))
 
     def product(self, w: Array, v: Array, sample: Sample) -> Array:
         """Gauss-Newton product (sum_i weight_i J_i'H_iJ_i + l2 I) v, (P,); costs PRODUCT * n."""
@@ -321,7 +317,7 @@ def _gradient_flops(objective: Objective, structure: Any, leaves: tuple[Any, ...
 
 def subset_of(indices: np.ndarray, dtype: np.dtype) -> Sample:
     """Some examples, equally weighted."""
-    return Sample(indices, np.full(len(indices), 1 / max(len(indices), 1), dtype), np.int32(len(indices)))
+    return Sample(indices, np.asarray(1 / max(len(indices), 1), dtype), np.int32(len(indices)))
 
 
 def make_problem(

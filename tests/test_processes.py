@@ -1,4 +1,4 @@
-"""Two processes with two CPU devices each, talking over gloo: they get what one device gets, and none waits for a dead one."""
+"""Two processes with two CPU devices each, over gloo: they get what one device gets, and none waits for a dead one."""
 
 import json
 import os
@@ -85,5 +85,3 @@ def test_a_process_that_dies_makes_the_other_fail_with_a_clear_error():
     assert time.monotonic() - died < 60
     assert survivor.returncode == 3, out + err
     assert "Process 0 lost another process of this fit" in out
-
-

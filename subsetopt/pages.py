@@ -1,0 +1,29 @@
+"""Memory-mapped data: what was read goes back to the file, so that it does not stay resident."""
+
+import mmap
+from typing import Any
+
+import numpy as np
+
+_RELEASE = 64 << 20  # bytes read after which the pages are given back
+
+
+class Pages:
+    """The pages of the memory-mapped ones among some arrays."""
+
+    def __init__(self, *arrays: Any):
+        # Not of a private map (mode "c"): there the pages are all there is.
+        self._maps: list[Any] = [a._mmap for a in arrays if isinstance(a, np.memmap) and a.mode in ("r", "r+")]
+        self._bytes = 0
+
+    def read(self, *pieces: Any) -> None:
+        """Note what was read; now and then, give it back."""
+        self._bytes += sum(piece.nbytes for piece in pieces)
+        if self._bytes > _RELEASE:
+            self.release()
+
+    def release(self) -> None:
+        """Give all pages back."""
+        for file in self._maps:
+            file.madvise(mmap.MADV_DONTNEED)
+        self._bytes = 0
