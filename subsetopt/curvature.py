@@ -347,8 +347,12 @@ def _turned_over(averaging: float, kept: Examples, fresh: Sample, key: Array) ->
     n = len(fresh.indices)
     mixed = jax.random.permutation(key, n)
     old = jnp.arange(n, dtype=np.int32) < jnp.where(kept.samples > 0, np.int32(averaging * n), 0)
-    pick = jax.tree.map(lambda a, b: jnp.where(old, a[mixed], b[mixed]), tuple(kept.sample[:2]), tuple(fresh[:2]))
-    return Sample(*pick, fresh.count)
+
+    def pick(a: Array, b: Array) -> Array:
+        return jnp.where(old, a[mixed], b[mixed])
+
+    before = kept.sample
+    return Sample(pick(before.indices, fresh.indices), pick(before.weights, fresh.weights), fresh.count)
 
 
 # --- conjugate gradients -------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ class Host:
             sums, values = devices.run(kernel, static, sums, shared, block)
             waiting.append((start, values))
             if len(waiting) > _AHEAD:
-                each = self._keep(each, *waiting.pop(0), sample)
+                first, done = waiting.pop(0)
+                each = self._keep(each, first, done, sample)
             pages.read(*block)
         for start, values in waiting:
             each = self._keep(each, start, values, sample)

@@ -16,12 +16,15 @@ _LARGE = 5000
 
 
 def add_gram(gram: Array, rows: Array) -> Array:
-    """The lower triangle of gram + R'R, gram (P, P) and R = rows (n, P); what is above the diagonal means nothing."""
+    """The lower triangle of gram + R'R, gram (P, P) and R = rows (n, P); what is above the diagonal means nothing.
+
+    The product has the precision that is the default where this is called.
+    """
     p = gram.shape[0]
     height = -(-p // min(max(p // 1000, _PANELS[0]), _PANELS[1]))
     for start in range(0, p, height):
         stop = min(start + height, p)
-        panel = lax.slice(gram, (start, 0), (stop, stop)) + _product(rows[:, start:stop], rows[:, :stop], 0, 0)
+        panel = lax.slice(gram, (start, 0), (stop, stop)) + rows[:, start:stop].T @ rows[:, :stop]
         gram = lax.dynamic_update_slice(gram, panel, (start, 0))
     return gram
 
@@ -29,13 +32,13 @@ def add_gram(gram: Array, rows: Array) -> Array:
 def cholesky(a: Array) -> Array:
     """The lower factor of a (P, P), zero above the diagonal; NaN in it where a is not positive definite.
 
-    Reads the lower triangle of a only.
+    Reads the lower triangle of a only. Nothing is won by donating a.
     """
     return lax.platform_dependent(a, cpu=_blocked_cholesky, default=_library_cholesky)
 
 
 def cholesky_solve(factor: Array, b: Array) -> Array:
-    """The x of A x = b, b (P,) or (P, k), from the Cholesky factor of A."""
+    """The x of A x = b, b (P,) or (P, k), from the factor of A that `cholesky` gives, zeros and all."""
     columns = b if b.ndim == 2 else b[:, None]
     return lax.platform_dependent(factor, columns, cpu=_blocked_solve, default=_library_solve).reshape(b.shape)
 
@@ -109,23 +112,23 @@ def _blocked_solve(factor: Array, b: Array) -> Array:
     p, k = b.shape
     count, rest = divmod(p, _LEAF)
 
+    # The corner is transposed for LAPACK, which wants columns together: else XLA transposes the whole factor before.
     def block(x: Array, start: Array | int, size: int) -> tuple[Array, Array, Array]:
         rows = lax.dynamic_slice(factor, (start, 0), (size, p))
-        return rows, lax.dynamic_slice(rows, (0, start), (size, size)), lax.dynamic_slice(x, (start, 0), (size, k))
+        return rows, lax.dynamic_slice(rows, (0, start), (size, size)).T, lax.dynamic_slice(x, (start, 0), (size, k))
 
-    # Zeros above the diagonal of the factor make the unknowns still to come harmless.
     def forward(start: Array | int, x: Array, size: int = _LEAF) -> Array:
         rows, corner, own = block(x, start, size)
         known = jnp.where(jnp.arange(p)[:, None] < start, x, 0)
         own = lax.linalg.triangular_solve(
-            corner.T, own - _product(rows, known, 1, 0), left_side=True, lower=False, transpose_a=True
+            corner, own - _product(rows, known, 1, 0), left_side=True, lower=False, transpose_a=True
         )
         return lax.dynamic_update_slice(x, own, (start, 0))
 
     def backward(start: Array | int, x: Array, size: int = _LEAF) -> Array:
         rows, corner, own = block(x, start, size)
-        own = lax.linalg.triangular_solve(corner.T, own, left_side=True, lower=False)
-        others = x - _product(rows, own, 0, 0)
+        own = lax.linalg.triangular_solve(corner, own, left_side=True, lower=False)
+        others = x - _product(rows, own, 0, 0)  # zeros above the diagonal: the unknowns already found stay
         return lax.dynamic_update_slice(others, own, (start, 0))
 
     x = b

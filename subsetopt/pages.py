@@ -13,7 +13,7 @@ class Pages:
 
     def __init__(self, *arrays: Any):
         # Not of a private map (mode "c"): there the pages are all there is.
-        self._maps: list[Any] = [a._mmap for a in arrays if isinstance(a, np.memmap) and a.mode in ("r", "r+")]
+        self._maps: list[Any] = [vars(a)["_mmap"] for a in arrays if isinstance(a, np.memmap) and a.mode in ("r", "r+")]
         self._bytes = 0
 
     def read(self, *pieces: Any) -> None:

@@ -238,7 +238,8 @@ class Problem:
         sample, static = self.whole(), (self.objective, uncertain)
         grad, (losses, uncertainty) = self._reduce(_gradient_block, static, _zeros(w), (w, self.constants), sample)
         value = self.driver.total(sample.weights, losses)
-        return Evaluation(*_penalised(value, grad, w, self.real(self.l2)), losses, uncertainty)
+        value, grad, norm = _penalised(value, grad, w, self.real(self.l2))
+        return Evaluation(value, grad, norm, losses, uncertainty)
 
     def losses(self, w: Array, sample: Sample) -> Any:
         """Per-example losses (n,) of a sample at w, without l2; costs LOSS * n."""
@@ -339,16 +340,17 @@ def make_problem(
     checks.real_number("l2", l2, 0)
     if block_size is not None:
         checks.whole_number("block_size", block_size, 1)
-    static, w, constants = prepare(model, params, x, seed, trainable)
+    own_model, w, constants = prepare(model, params, x, seed, trainable)
     checks.x_dtype(x, w.dtype)
     own = choose(devices)
-    objective = Objective(static, resolve(loss))
+    objective = Objective(own_model, resolve(loss))
     outputs = _checked_outputs(objective, loss, w, constants, x, y)
-    default = min(own.default_block(_convolves(static, w, constants, x)), len(x))
+    default = min(own.default_block(_convolves(own_model, w, constants, x)), len(x))
     size = own.even(block_size or default)
     x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
-    arrays = (constants, x, y, *subset_of(np.arange(len(x), dtype=np.int32), w.dtype), int(seed), float(l2))
-    problem = Problem(objective, Host(own), size, w.size, outputs, np.dtype(w.dtype), *arrays)
+    subset, weights, count = subset_of(np.arange(len(x), dtype=np.int32), np.dtype(w.dtype))
+    static = (objective, Host(own), size, w.size, outputs, np.dtype(w.dtype))
+    problem = Problem(*static, constants, x, y, subset, weights, count, seed=int(seed), l2=float(l2))
     _check_deterministic(problem, w)
     return problem, w
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from subsetopt.drivers import Host
 from subsetopt.growth import Growth
@@ -88,7 +89,7 @@ def charged(state: State, price: float, examples: Any, evals: Any = 0) -> State:
 
 def _real(number: Any) -> Any:
     """Counts are Python's where they can be, for those are exact."""
-    return number.astype(np.float32) if isinstance(number, jax.core.Tracer) else float(number)
+    return number.astype(np.float32) if isinstance(number, Tracer) else float(number)
 
 
 def evaluated(problem: Problem, state: State, uncertain: bool = False) -> State:

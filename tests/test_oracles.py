@@ -329,16 +329,14 @@ def test_sample_space_averages_as_the_matrix_does(averaging: float):
     evaluation = problem.evaluate(w, uncertain=True)
     recipe = Recipe(rows=9, averaging=averaging, precision="highest", cg_tolerance=1e-9, cg_max_steps=100)
     dense, rows = Dense(recipe), SampleSpace(recipe, 4 if averaging else 1, push_through=False)
-    kept = [form.empty(problem, w) for form in (dense, rows)]
-    for key in range(3):
-        key = jax.random.key(key)
-        kept = [
-            form.renewed(problem, w, evaluation.uncertainty, k, key)[0]
-            for form, k in zip((dense, rows), kept, strict=True)
-        ]
-    found = np.asarray(kept[1].root[:, None] * kept[1].rows)
+    matrix, space = dense.empty(problem, w), rows.empty(problem, w)
+    for number in range(3):
+        key = jax.random.key(number)
+        matrix, _ = dense.renewed(problem, w, evaluation.uncertainty, matrix, key)
+        space, _ = rows.renewed(problem, w, evaluation.uncertainty, space, key)
+    found = np.asarray(space.root[:, None] * space.rows)
     # The matrix gives its first sample the weight of all before it; the rows share it out.
-    expected = symmetric(kept[0].a)
+    expected = symmetric(matrix.a)
     assert np.trace(found.T @ found) == pytest.approx(np.trace(expected), rel=0.5 if averaging else 1e-9)
     if not averaging:
         assert relative_error(found.T @ found, expected) < 1e-9
