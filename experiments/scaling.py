@@ -276,7 +276,8 @@ def measure_devices(dtype: str, driver: str, devices: int, blocks: list[int], ex
     params = jax.tree.map(lambda a: np.asarray(a, dtype), params)
     placed = {"devices": jax.devices()[:devices], "driver": driver, "max_steps": steps}
     rows = []
-    for name, solver in (("lbfgs", LBFGS(tolerance=0)), ("gauss_newton", GaussNewton(tolerance=0))):
+    newton = {form: GaussNewton(tolerance=0, linear_solve=form) for form in ("dense", "sample", "cg")}
+    for name, solver in ({"lbfgs": LBFGS(tolerance=0)} | newton).items():
         for block in blocks:
             result = fit(model, (x, y), solver, params, block_size=block, **placed)
             row = {"driver": driver, "devices": devices, "block_size": block, "examples": examples}
@@ -288,10 +289,10 @@ def measure_devices(dtype: str, driver: str, devices: int, blocks: list[int], ex
 def device_bars(rows: list[Row]) -> list[Row]:
     """Against one device and the host driver, which come first."""
     bars = []
-    for series in sorted({row["series"] for row in rows}):
-        losses = [row["loss"] for row in rows if row["series"] == series]
+    for name in sorted({row["series"] for row in rows}):
+        losses = series(rows, name)["loss"]
         worst = max(abs(loss / losses[0] - 1) for loss in losses)
-        bars.append(holds(f"{series}: largest relative difference of losses", worst, 1e-6))
+        bars.append(holds(f"{name}: largest relative difference of losses", worst, 1e-6))
     return bars
 
 
@@ -308,29 +309,36 @@ MODELS = {
 
 
 def parameter_points(smoke: bool) -> list[Point]:
-    """At P = 20,000 with few rows only: a row a parameter takes two minutes a step."""
+    """At P = 20,000 with few rows only: a row a parameter takes a minute a step."""
     if smoke:
-        return [{"model": "mlp14", "ratio": 0.2, "form": form, "examples": 200} for form in ("dense", "sample", "cg")]
-    ratios = dict.fromkeys(MODELS, (1.1, 0.2, 0.05)) | {"cnn10k": (1.1, 0.2), "mlp265": (0.05,)}
-    runs = [(m, ratio, form) for m in MODELS for ratio in ratios[m] for form in ("dense", "sample", "cg")]
-    return [{"model": m, "ratio": ratio, "form": form, "examples": 4000} for m, ratio, form in runs]
+        return [{"model": "mlp14", "ratio": 0.2, "examples": 200, "rounds": 1}]
+    ratios = dict.fromkeys(MODELS, (1.1, 0.2, 0.05)) | {"mlp265": (0.05,)}
+    rounds = dict.fromkeys(MODELS, 5) | {"cnn10k": 2, "mlp265": 1}
+    runs = [{"model": name, "ratio": ratio} for name in MODELS for ratio in ratios[name]]
+    return [run | {"examples": 4000, "rounds": rounds[run["model"]]} for run in runs]
 
 
-def measure_parameters(model: str, ratio: float, form: str, examples: int) -> list[Row]:
-    """auto: what the cost model picks; modelled_flops: what it thinks of each form."""
-    network, shape = MODELS[model]
-    data, solver = Teacher(shape).fill(examples), GaussNewton(curvature_ratio=ratio, linear_solve=form)
-    row: Row = {"series": f"{form}-{ratio}", "model": model, "ratio": ratio, "form": form, "examples": examples}
-    forms = {curvature.Dense: "dense", curvature.SampleSpace: "sample", curvature.MatrixFree: "cg"}
+def measure_parameters(model: str, ratio: float, examples: int, rounds: int) -> list[Row]:
+    """The forms in turns: noise strikes all of them. auto: what the cost model picks, from modelled_flops."""
+    (network, shape), names = MODELS[model], ("dense", "sample", "cg")
+    data, solver = Teacher(shape).fill(examples), GaussNewton(curvature_ratio=ratio)
+    chosen: Row = {}
 
     def look(problem: Any, w: Array) -> None:
+        forms = {curvature.Dense: "dense", curvature.SampleSpace: "sample", curvature.MatrixFree: "cg"}
         recipe, dampings = recipe_of(solver, w.size), len(solver.damping_factors)
-        row["auto"] = forms[type(curvature.form_of(problem, recipe, "auto", dampings))]
-        row["modelled_flops"] = curvature.form_flops(problem, recipe, dampings)
-        row["parameters"], row["gradient_flops"] = w.size, curvature.gradient_flops(problem)
+        chosen["auto"] = forms[type(curvature.form_of(problem, recipe, "auto", dampings))]
+        chosen["modelled_flops"] = curvature.form_flops(problem, recipe, dampings)
+        chosen["parameters"], chosen["gradient_flops"] = w.size, curvature.gradient_flops(problem)
 
-    result = fit(network, data, Looking(solver, look), max_steps=3, driver="host")
-    return [row | {"seconds_per_step": seconds_per_step(result), "peak_bytes": memory("VmHWM"), "loss": result.loss}]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            looking = Looking(dataclasses.replace(solver, linear_solve=name), look)
+            seconds[name].append(seconds_per_step(fit(network, data, looking, max_steps=3, driver="host")))
+    row = {"model": model, "ratio": ratio, "examples": examples} | chosen
+    times = {name: statistics.median(values) for name, values in seconds.items()}
+    return [{"series": f"{name}-{ratio}", "form": name, "seconds_per_step": times[name]} | row for name in names]
 
 
 def parameter_bars(rows: list[Row]) -> list[Row]:
@@ -494,9 +502,9 @@ def _norms(problem: Any, w: Array, evaluation: Any, most: int) -> list[Row]:
 
 def cg_bars(rows: list[Row]) -> list[Row]:
     bars = []
-    for series in ("matrix", "network-norms"):
-        worst = max(row["residual"] for row in rows if row["series"] == series)
-        bars.append(holds(f"{series}: largest relative residual of right-hand sides from 1 to 1e-6", worst, 1e-4))
+    for name in ("matrix", "network-norms"):
+        worst = max(series(rows, name)["residual"])
+        bars.append(holds(f"{name}: largest relative residual of right-hand sides from 1 to 1e-6", worst, 1e-4))
     return bars
 
 
@@ -559,8 +567,7 @@ class Job:
             environment = records.environment()  # first: the commit is that of the code that runs
             assert environment
             rows = [row for point in self.points for row in self._rows(point)]
-            series = dict.fromkeys(row["series"] for row in rows)
-            curves = {name: columns([_less(row) for row in rows if row["series"] == name]) for name in series}
+            curves = {name: series(rows, name) for name in dict.fromkeys(row["series"] for row in rows)}
             config = {"part": self.plain_name, "points": self.points}
             record = records.new("scaling", self.name, config, curves, {"bars": self.part.bars(rows)})
             records.write(record, self.arguments.results)
@@ -587,8 +594,9 @@ def in_own_process(point: Point) -> list[Row]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _less(row: Row) -> Row:
-    return {key: value for key, value in row.items() if key != "series"}
+def series(rows: list[Row], name: str) -> dict[str, list]:
+    """The curve of that name."""
+    return columns([{k: v for k, v in row.items() if k != "series"} for row in rows if row["series"] == name])
 
 
 def print_table(made: list[dict[str, Any]]) -> None:

@@ -54,8 +54,10 @@ def examples(record: dict) -> Figure:
     curve = record["curves"]["lbfgs"]
     data = [size / 1e6 for size in curve["data_bytes"]]
     memory.plot(curve["examples"], data, color=style.GREY, linestyle="--", label="the data alone")
-    memory.set(ylabel="peak memory (megabytes)", title=memory_message(record))
-    time.set(yscale="log", ylabel="time a step (microseconds an example)", title=time_message(record))
+    memory.set_title(memory_message(record), loc="left")
+    memory.set_ylabel("peak memory (megabytes)")
+    time.set_title(time_message(record), loc="left")
+    time.set(yscale="log", ylabel="microseconds an example and step")
     label_ticks(time.yaxis)
     for axes in (memory, time):
         axes.set(xscale="log", xlabel="examples")
@@ -65,19 +67,21 @@ def examples(record: dict) -> Figure:
 
 
 def memory_message(record: dict) -> str:
-    """Memory from the smallest to the largest set, beside the data."""
+    """What the largest set takes more than the smallest, beside the data."""
     rest = [
         [(peak - data) / 1e6 for peak, data in zip(curve["peak_bytes"], curve["data_bytes"], strict=True)]
         for curve in (record["curves"][name] for name in SOLVERS)
     ]
     most = max(values[-1] - values[0] for values in rest)
     sizes = record["curves"]["lbfgs"]["examples"]
-    return f"{sizes[-1] // sizes[0]:,} times the examples: the data and {most:.0f} MB more"
+    return f"{sizes[-1] // sizes[0]:,} times the examples: their data and {most:.0f} MB"
 
 
 def time_message(record: dict) -> str:
-    prices = record["curves"]["lbfgs"]["microseconds_per_example"]
-    return f"Time is linear: L-BFGS {prices[0]:.2g} to {prices[-1]:.2g} µs an example"
+    curves = record["curves"]
+    first, last = ([curves[name]["microseconds_per_example"][i] for name in SOLVERS] for i in (0, -1))
+    rises = any(after > before for before, after in zip(first, last, strict=True))
+    return f"An example of a larger set costs {'more' if rises else 'less'}"
 
 
 # --- parameters ----------------------------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ def parameters(record: dict) -> Figure:
     curves = record["curves"].values()
     ratios = sorted({ratio for curve in curves for ratio in curve["ratio"]}, reverse=True)
     drawn = Figure(figsize=(style.TWO_COLUMNS, 3.0))
-    panels = drawn.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
+    panels = drawn.subplots(1, len(ratios), sharex=True, sharey=True, squeeze=False)[0]
     for axes, ratio in zip(panels, ratios, strict=True):
         panel(axes, [curve for curve in curves if curve["ratio"][0] == ratio])
         axes.set_title(f"{ratio:g} rows a parameter", loc="left")

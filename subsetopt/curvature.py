@@ -31,7 +31,7 @@ MATRIX_LIMIT = 20_000  # rows and columns up to which a square matrix is kept: 1
 _WINDOW = 4  # row samples that SampleSpace averages over: with averaging 0.5, 94 % of all weight
 _PRECONDITIONER_ROWS = 256
 _REFINEMENTS = 20
-_MODEL_RATE, _ROW_RATE = 15.0, 36.0  # see form_flops
+_MODEL_RATE, _ROW_RATE, _CALL = 15.0, 36.0, 5e8  # see form_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Recipe:
         if self.rows is None:
             return problem.whole(), None
         draw, signs = jax.random.split(key)
-        _, sample = problem.draw(draw, uncertainty, self.rows)
-        return sample, jax.random.rademacher(signs, (self.rows, problem.outputs), problem.dtype)
+        positions, sample = problem.draw(draw, uncertainty, self.rows)
+        return sample, _signs(problem.outputs, problem.dtype, signs, positions)
 
     def cost(self, problem: Problem, sample: Sample) -> Any:
         """Rows of a sample, what they cost being ROW each."""
@@ -66,6 +66,20 @@ class Recipe:
     def fast(self) -> contextlib.AbstractContextManager:
         """Matrix products of the curvature may be coarser than those of the gradient."""
         return jax.default_matmul_precision(self.precision)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _signs(outputs: int, dtype: Any, key: Array, positions: Array) -> Array:
+    """Random signs (n, M) that belong to the examples, not to their places: one other draw changes one row only."""
+    occurrence = jnp.arange(len(positions), dtype=positions.dtype) - jnp.searchsorted(positions, positions).astype(
+        positions.dtype
+    )
+
+    def one(position: Array, occurrence: Array) -> Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, position), occurrence)
+        return jax.random.rademacher(own, (outputs,), dtype)
+
+    return jax.vmap(one)(positions, occurrence)
 
 
 class Form(Protocol):
@@ -334,8 +348,11 @@ class MatrixFree:
 
 @jax.jit
 def _own_damping(rows: RowSpace, damping: Array) -> Array:
-    """Damping of the preconditioner: few rows say nothing of most directions, so it needs some (heuristic)."""
-    return jnp.maximum(damping, 1e-3 * jnp.trace(rows.gram) / len(rows.root))
+    """Damping of the preconditioner, lam and three tenths of its rows' mean square (heuristic, measured on a CNN).
+
+    Few rows carry the whole trace of A: in their own span they overstate it.
+    """
+    return damping + 0.3 * jnp.trace(rows.gram) / len(rows.root)
 
 
 _jitted_factor, _jitted_inverse = jax.jit(_factor), jax.jit(_inverse)
@@ -437,17 +454,18 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
 
         dense   h n g + n P^2 + D P^3 / 3
         sample  h n g + (W n)^2 P + D (W n)^3 / 3
-        cg      h r g + r^2 P + D c (5/3 m g a n / M + 4 r P)
+        cg      h r g + r^2 P + D c (5/3 m g a n / M + 4 r P + e)
 
     Heuristics: CG needs half of the steps it may. The other forms average over steps for nothing, CG would need
     a = 1 / (1 - averaging) times the examples to know as much. The model's own operations run at a fifteenth of the
-    rate of large matrix products, and a row costs 2.4 gradients (small convolutions on CPUs): m = 15, h = 36.
+    rate of large matrix products, and a row costs 2.4 gradients (small convolutions on CPUs): m = 15, h = 36. Calling a
+    product costs as much as e = 5e8 operations of a matrix product, one or two milliseconds.
     """
     g, p = gradient_flops(problem), problem.parameters
     n = recipe.most_rows(problem)
     rows, steps, r = window(problem, recipe) * n, recipe.cg_max_steps / 2, _preconditioner(problem)
     seen = n / problem.outputs / (1.0 if recipe.rows is None else 1 - recipe.averaging)
-    products = dampings * steps * (PRODUCT * _MODEL_RATE * g * seen + 4 * r * p)
+    products = dampings * steps * (PRODUCT * _MODEL_RATE * g * seen + 4 * r * p + _CALL)
     flops = {"cg": _ROW_RATE * r * g + r**2 * p + products}
     if p <= MATRIX_LIMIT:
         flops["dense"] = _ROW_RATE * n * g + n * p**2 + dampings * p**3 / 3

@@ -92,10 +92,12 @@ def output_hessians(loss: Any, f: Array, y: Array) -> Array:
 
 def dense_curvature(example: Example, w: Array, unravel: Any, sample: Sample) -> np.ndarray:
     """Sum_i weight_i J_i' H_i J_i, J_i by jax.jacobian."""
-    x, y = jnp.asarray(example.x[sample.indices]), jnp.asarray(example.y[sample.indices])
+    indices = sample.indices[: sample.count]
+    x, y = jnp.asarray(example.x[indices]), jnp.asarray(example.y[indices])
     j = jax.jit(jax.jacobian(lambda w: example.apply(unravel(w), x)))(w)
     h = output_hessians(example.loss, example.apply(unravel(w), x), y)
-    return np.einsum("n,nip,nij,njq->pq", sample.weights, j, h, j, optimize=True)
+    weights = np.broadcast_to(sample.weights, sample.indices.shape)[: sample.count]
+    return np.einsum("n,nip,nij,njq->pq", weights, j, h, j, optimize=True)
 
 
 def symmetric(lower: Array) -> np.ndarray:
