@@ -22,7 +22,17 @@ from rich.table import Table
 from experiments import records
 from experiments.data import load
 from experiments.models import FAMILY
-from experiments.runs import Arrays, Price, adam, count, fit_curve, gradient_flops, loss_and_accuracy, tuned_adam
+from experiments.runs import (
+    Arrays,
+    Options,
+    Price,
+    adam,
+    count,
+    fit_curve,
+    gradient_flops,
+    loss_and_accuracy,
+    tuned_adam,
+)
 from paper_figures import demo as figure
 from subsetopt import LBFGS, GaussNewton, Progress, fit_subset, overdetermination_ratio
 
@@ -59,7 +69,7 @@ SETTINGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Options):
     """Run the demo on one data set."""
 
     dataset: Literal["digits", "mnist", "mnist-minimum", "mnist-9k", "cifar10"] = "digits"
@@ -68,16 +78,8 @@ class Arguments:
     """Seed of initialisation, subsets and shuffling."""
     out: Path = Path("out/demo")
     """Folder of figures and unfinished parts."""
-    results: Path = Path("out/results")
-    """Folder of records; experiments/results holds the committed ones."""
     only: str | None = None
     """Run one part: method=gauss_newton, method=lbfgs or method=adam."""
-    list: bool = False
-    """Say which parts have a result, and run nothing."""
-    again: bool = False
-    """Run anew what has a result already."""
-    smoke: bool = False
-    """A few hundred examples and steps, to see that it runs."""
 
 
 def main(arguments: Arguments) -> None:
@@ -148,10 +150,7 @@ class Job:
             return
         self.load()
         part = self.run_adam() if method == "adam" else self.run_fit(method)
-        self.parts.mkdir(parents=True, exist_ok=True)
-        temporary = self.path(method).with_suffix(".tmp")
-        temporary.write_text(json.dumps(part))
-        temporary.rename(self.path(method))
+        records.keep(part, self.path(method))
 
     def load(self) -> None:
         """The data, once."""

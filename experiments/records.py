@@ -33,12 +33,12 @@ def write(record: dict, results: Path = RESULTS) -> Path:
     for name, curve in record["curves"].items():
         _check_curve(name, curve)
     path = _path(record["experiment"], record["name"], results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.stem}-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        print(_dumps(record), file=file, flush=True)
-        os.fsync(file.fileno())
-    return temporary.replace(path)
+    return _replace(path, _dumps(record))
+
+
+def keep(value: Any, path: Path) -> Path:
+    """Write a finished part of a record, whole or not at all, for the run that goes on with the others."""
+    return _replace(path, json.dumps(value))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -81,6 +81,15 @@ def _git() -> dict[str, Any]:
         return {"git_commit": None, "git_dirty": None}
     commit, *lines = text.decode().splitlines()
     return {"git_commit": commit.split()[-1], "git_dirty": any(line[0] != "#" for line in lines)}
+
+
+def _replace(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.stem}-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        print(text, file=file, flush=True)
+        os.fsync(file.fileno())
+    return temporary.replace(path)
 
 
 def _path(experiment: str, name: str, results: Path) -> Path:

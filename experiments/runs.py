@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +13,30 @@ import numpy as np
 import optax
 
 from experiments.records import flops
-from subsetopt import FinetuneResult, FitResult, GaussNewton, finetune
+from subsetopt import FinetuneResult, FitResult, GaussNewton, Growth, finetune, fit_subset
 
 Arrays = tuple[np.ndarray, np.ndarray]
+WHOLE = Growth(start=1e9)  # a first ratio that no set reaches: one stage, the whole set
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every experiment's command takes, besides `out` and `only`."""
+
+    results: Path = Path("out/results")
+    """Folder of records; experiments/results holds the committed ones."""
+    list: bool = False
+    """Say which parts have a result, and run nothing."""
+    again: bool = False
+    """Run anew what has a result already."""
+    smoke: bool = False
+    """A few examples and steps, to see that it runs."""
+
+
+def fit_whole(model: Any, data: Any, solver: Any, params: Any = None, **options: Any) -> FitResult:
+    """A fit of the whole set in one stage, from the start and to the end."""
+    options = {"growth": WHOLE, "until": "converged", "warmup_epochs": 0, "progress": False} | options
+    return fit_subset(model, data, params, solver=solver, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)

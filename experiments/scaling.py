@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,32 +37,23 @@ from rich.table import Table
 
 from experiments import records
 from experiments.models import CNN, MLP
-from experiments.runs import Arrays, columns, count
+from experiments.runs import WHOLE, Arrays, Options, columns, count, fit_whole
 from paper_figures import scaling as figure
-from subsetopt import LBFGS, FitResult, GaussNewton, Growth, curvature, fit_subset, linalg
+from subsetopt import LBFGS, FitResult, GaussNewton, Growth, curvature, linalg
 
-WHOLE = Growth(start=1e9)  # a first ratio that no set reaches: one stage, the whole set
 CHUNK = 10_000  # examples made at once
 Point = dict[str, Any]  # arguments of a measurement
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Options):
     """Measure how the solvers scale."""
 
     out: Path = Path("out/scaling")
     """Folder of figures and finished points."""
-    results: Path = Path("out/results")
-    """Folder of records; experiments/results holds the committed ones."""
     only: str | None = None
     """Run a part: part=NAME."""
-    list: bool = False
-    """Say which points have a result, and run nothing."""
-    again: bool = False
-    """Measure anew what has a result already."""
-    smoke: bool = False
-    """Few and small points, to see that it runs."""
     worker: str | None = None
     """Measure one point, given as JSON, in this process, and print its rows: what the command starts by itself."""
 
@@ -134,12 +124,6 @@ class Teacher:
         return np.concatenate(labels)
 
 
-def fit(model: nn.Module, data: Any, solver: Any, params: Any = None, **options: Any) -> FitResult:
-    """A fit of the whole set from the start."""
-    options = {"growth": WHOLE, "until": "converged", "warmup_epochs": 0, "progress": False} | options
-    return fit_subset(model, data, params, solver=solver, **options)
-
-
 def seconds_per_step(result: FitResult) -> float:
     """Median, without compiling and, where there are more, without the first program's steps: it looks at the start."""
     step, seconds = (np.diff(result.history[key], prepend=0) for key in ("step", "seconds"))
@@ -208,7 +192,8 @@ def measure_examples(solver: str, examples: int, steps: int, width: int, block_s
     """setup_seconds: checks, order and initialisation, before the first step."""
     x, y = Teacher((64,)).fill(examples)
     base, method = memory("VmRSS"), LBFGS(tolerance=0) if solver == "lbfgs" else GaussNewton(linear_solve="dense")
-    run = functools.partial(fit, MLP((width,)), (x, y), method, max_steps=steps, block_size=block_size, driver="host")
+    options = {"max_steps": steps, "block_size": block_size, "driver": "host"}
+    run = functools.partial(fit_whole, MLP((width,)), (x, y), method, **options)
     result, seconds = clocked(run)
     step = seconds_per_step(result)
     row = {"seconds_per_step": step, "microseconds_per_example": 1e6 * step / examples, "loss": result.loss}
@@ -242,7 +227,7 @@ def measure_memmap(examples: int, steps: int, width: int) -> list[Row]:
         y = Teacher((256,)).write(examples, path)
         x, base = np.load(path, mmap_mode="r"), memory("VmRSS")
         solver = Looking(LBFGS(tolerance=0), lambda problem, w: peaks.append(memory("VmHWM")))
-        result = fit(MLP((width,)), (x, y), solver, max_steps=steps, block_size=1000, driver="host")
+        result = fit_whole(MLP((width,)), (x, y), solver, max_steps=steps, block_size=1000, driver="host")
         size = {"peak_bytes": memory("VmHWM"), "peak_before_bytes": peaks[0], "base_bytes": base}
     step = seconds_per_step(result)
     row = {"seconds_per_step": step, "microseconds_per_example": 1e6 * step / examples, "loss": result.loss}
@@ -279,7 +264,7 @@ def measure_devices(dtype: str, driver: str, devices: int, blocks: list[int], ex
     newton = {form: GaussNewton(tolerance=0, linear_solve=form) for form in ("dense", "sample", "cg")}
     for name, solver in ({"lbfgs": LBFGS(tolerance=0)} | newton).items():
         for block in blocks:
-            result = fit(model, (x, y), solver, params, block_size=block, **placed)
+            result = fit_whole(model, (x, y), solver, params, block_size=block, **placed)
             row = {"driver": driver, "devices": devices, "block_size": block, "examples": examples}
             row |= {"loss": result.loss, "seconds_per_step": seconds_per_step(result), "steps": result.n_steps}
             rows.append({"series": f"{name}-{dtype}"} | row)
@@ -335,7 +320,7 @@ def measure_parameters(model: str, ratio: float, examples: int, rounds: int) -> 
     for _ in range(rounds):
         for name in names:
             looking = Looking(dataclasses.replace(solver, linear_solve=name), look)
-            seconds[name].append(seconds_per_step(fit(network, data, looking, max_steps=3, driver="host")))
+            seconds[name].append(seconds_per_step(fit_whole(network, data, looking, max_steps=3, driver="host")))
     row = {"model": model, "ratio": ratio, "examples": examples} | chosen
     times = {name: statistics.median(values) for name, values in seconds.items()}
     return [{"series": f"{name}-{ratio}", "form": name, "seconds_per_step": times[name]} | row for name in names]
@@ -433,7 +418,7 @@ def residuals_of_a_matrix(size: int, most: int) -> list[Row]:
 def products_of_a_network(examples: int, most: int) -> list[Row]:
     """The Gauss-Newton system of a network after five steps, without a preconditioner and with some."""
     model, data = CNN((8, 12)), Teacher(IMAGE).fill(examples)
-    params = fit(model, data, GaussNewton(), max_steps=5).params
+    params = fit_whole(model, data, GaussNewton(), max_steps=5).params
     rows: list[Row] = []
 
     def look(problem: Any, w: Array) -> None:
@@ -442,7 +427,7 @@ def products_of_a_network(examples: int, most: int) -> list[Row]:
             rows.extend(_systems(problem, w, evaluation, preconditioner, most))
         rows.extend(_norms(problem, w, evaluation, most))
 
-    fit(model, data, Looking(GaussNewton(), look), params)
+    fit_whole(model, data, Looking(GaussNewton(), look), params)
     return rows
 
 
@@ -578,10 +563,7 @@ class Job:
         path = self.path(point)
         if not path.exists():
             print(f"{self.name}: {path.stem}", flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(in_own_process({"part": self.plain_name} | point)))
-            temporary.rename(path)
+            records.keep(in_own_process({"part": self.plain_name} | point), path)
         return json.loads(path.read_text())
 
 

@@ -38,12 +38,11 @@ from rich.table import Table
 from experiments import records
 from experiments.data import load
 from experiments.models import FAMILY, MLP
-from experiments.runs import Arrays, Price, columns, count, gradient_flops
+from experiments.runs import Arrays, Options, Price, columns, count, fit_whole, gradient_flops
 from paper_figures import solver_speed as figure
-from subsetopt import LBFGS, GaussNewton, Growth, Progress, fit_subset
+from subsetopt import LBFGS, GaussNewton, Progress
 
 MEMORY = 20  # pairs of every L-BFGS: our default, where the peers' is 10
-WHOLE = Growth(start=1e9)  # a first ratio that no set reaches: one stage, the whole set
 LONGER = 2  # ours runs on for this many times the steps, to show when it has a peer's last loss
 SLOW, SLOW_STEPS = (10.0, 30)  # a run whose steps take more than 10 s ends after 30
 SAME_LOSS = 1e-3  # a loss counts as reached within 0.1 %: on a plateau the last digits are rounding
@@ -73,23 +72,15 @@ SETTINGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Options):
     """Time solvers side by side on full-batch problems."""
 
     seed: int = 0
     """Seed of initialisation and synthetic data."""
     out: Path = Path("out/solver_speed")
     """Folder of figures and unfinished parts."""
-    results: Path = Path("out/results")
-    """Folder of records; experiments/results holds the committed ones."""
     only: str | None = None
     """Run a part: problem=NAME, solver=NAME, or both with a comma between them."""
-    list: bool = False
-    """Say which parts have a result, and run nothing."""
-    again: bool = False
-    """Run anew what has a result already."""
-    smoke: bool = False
-    """Some tens of examples and a few steps, to see that it runs."""
 
 
 def main(arguments: Arguments) -> None:
@@ -154,9 +145,8 @@ class Problem:
 
     def fit(self, solver: Any, block_size: int, **options: Any) -> Any:
         """Our solver on the whole set from the common start."""
-        options = {"loss": self.setting.loss, "l2": self.setting.l2, "progress": False} | options
-        shared = {"growth": WHOLE, "until": "converged", "warmup_epochs": 0, "block_size": block_size}
-        return fit_subset(self.model, (self.x, self.y), self.params, solver=solver, **shared, **options)
+        options = {"loss": self.setting.loss, "l2": self.setting.l2, "block_size": block_size} | options
+        return fit_whole(self.model, (self.x, self.y), solver, self.params, **options)
 
 
 def _data(setting: Setting, seed: int) -> Arrays:
@@ -606,11 +596,7 @@ class Job:
             print(f"{self.name}, {part}: has a result already (--again runs it anew)")
             return
         print(f"{self.name}: {part}", flush=True)
-        result = self._measure(part)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.path(part).with_suffix(".tmp")
-        temporary.write_text(json.dumps(result))
-        temporary.rename(self.path(part))
+        records.keep(self._measure(part), self.path(part))
 
     def _measure(self, part: str) -> dict[str, Any]:
         if part == "blocks":

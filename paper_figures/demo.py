@@ -7,11 +7,9 @@ fine-tuning too; a loss is null where it was not measured.
 import math
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, NullFormatter
 
 from paper_figures import style
 
@@ -31,11 +29,7 @@ Points = list[tuple[float, float]]
 
 def draw(records: list[dict], out: Path) -> list[Path]:
     """One figure for each record, as PDF and PNG; the files written."""
-    paths = []
-    with matplotlib.rc_context(style.RC):
-        for record in records:
-            paths += style.save(figure(record), out, f"demo-{record['name']}")
-    return paths
+    return style.save_all(((f"demo-{record['name']}", figure, record) for record in records), out)
 
 
 def figure(record: dict) -> Figure:
@@ -51,7 +45,7 @@ def figure(record: dict) -> Figure:
     for axes, method in zip(panels, METHODS, strict=True):  # now that the limits are known
         mark_stages(axes, curves[method])
         for axis in (axes.xaxis, axes.yaxis):
-            label_ticks(axis)
+            style.label_ticks(axis)
     panels[0].set_ylabel("cross-entropy loss (nats)")
     drawn.suptitle(message(curves))
     lines = panels[0].get_legend_handles_labels()[0]
@@ -79,18 +73,6 @@ def draw_adam(axes: Axes, curves: dict, method: str) -> None:
     axes.plot(*found, "D", color=style.VERMILION, markersize=5, zorder=5)
     place = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
     axes.annotate(f"{short(found[0])} epochs", found, color=style.VERMILION, **place)
-
-
-def label_ticks(axis: Axis) -> None:
-    """Plain numbers at as many ticks as fit: each decade, or some within it where there are few decades."""
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    subs = (
-        (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.8 else (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-    )
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def mark_stages(axes: Axes, curve: dict) -> None:

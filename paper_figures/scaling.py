@@ -6,12 +6,10 @@ Reads records of the experiment `scaling`: `examples` and `parameters`, one figu
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper_figures import style
-from paper_figures.demo import label_ticks
 
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lbfgs": ("L-BFGS", {"color": style.ORANGE, "marker": "o"}),
@@ -33,12 +31,9 @@ PICKED: dict[str, Any] = {
 
 def draw(records: list[dict], out: Path) -> list[Path]:
     """One figure for each record that has one, as PDF and PNG; the files written."""
-    paths = []
-    with matplotlib.rc_context(style.RC):
-        for record in records:
-            if record["config"]["part"] in FIGURES:
-                paths += style.save(FIGURES[record["config"]["part"]](record), out, f"scaling-{record['name']}")
-    return paths
+    parts = [(record["config"]["part"], record) for record in records]
+    drawn = ((f"scaling-{record['name']}", FIGURES[part], record) for part, record in parts if part in FIGURES)
+    return style.save_all(drawn, out)
 
 
 # --- examples ------------------------------------------------------------------------------------------------------
@@ -58,7 +53,7 @@ def examples(record: dict) -> Figure:
     memory.set_ylabel("peak memory (megabytes)")
     time.set_title(time_message(record), loc="left")
     time.set(yscale="log", ylabel="microseconds an example and step")
-    label_ticks(time.yaxis)
+    style.label_ticks(time.yaxis)
     for axes in (memory, time):
         axes.set(xscale="log", xlabel="examples")
         axes.legend()
@@ -96,7 +91,7 @@ def parameters(record: dict) -> Figure:
     for axes, ratio in zip(panels, ratios, strict=True):
         panel(axes, [curve for curve in curves if curve["ratio"][0] == ratio])
         axes.set_title(f"{ratio:g} rows a parameter", loc="left")
-    label_ticks(panels[0].yaxis)
+    style.label_ticks(panels[0].yaxis)
     panels[0].set_ylabel("time of a step (seconds)")
     drawn.suptitle(picked_message(record))
     handles, labels = panels[0].get_legend_handles_labels()

@@ -5,11 +5,9 @@ Reads records of the experiment `solver_speed`; one figure for each problem.
 
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from paper_figures import style
-from paper_figures.demo import label_ticks
 
 # Solver: name and line; ours lie on top.
 LINES = {
@@ -28,11 +26,7 @@ LOSSES = {"softmax_cross_entropy": "cross-entropy (nats)", "squared_error": "hal
 
 def draw(records: list[dict], out: Path) -> list[Path]:
     """One figure for each record, as PDF and PNG; the files written."""
-    paths = []
-    with matplotlib.rc_context(style.RC):
-        for record in records:
-            paths += style.save(figure(record), out, f"solver_speed-{record['name']}")
-    return paths
+    return style.save_all(((f"solver_speed-{record['name']}", figure, record) for record in records), out)
 
 
 def figure(record: dict) -> Figure:
@@ -47,7 +41,7 @@ def figure(record: dict) -> Figure:
     loss = LOSSES[record["config"]["loss"]]
     axes.set(xscale="log", yscale="log", xlabel="time without compiling (seconds)", ylabel=f"{loss} with penalty")
     for axis in (axes.xaxis, axes.yaxis):
-        label_ticks(axis)
+        style.label_ticks(axis)
     axes.set_title(message(record), loc="left", fontweight="bold", pad=10)
     drawn.legend(loc="outside right center", title=setting(record), alignment="left", reverse=True)
     return drawn

@@ -1,9 +1,14 @@
 """How all figures look: widths of a paper's columns, one palette, one set of rcParams."""
 
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 ONE_COLUMN, TWO_COLUMNS = 3.35, 7.0  # inches
 
@@ -45,3 +50,21 @@ def save(figure: Figure, out: Path, name: str) -> list[Path]:
     figure.savefig(paths[0], metadata={"CreationDate": None})
     figure.savefig(paths[1])
     return paths
+
+
+def save_all(figures: Iterable[tuple[str, Callable[[dict], Figure], dict]], out: Path) -> list[Path]:
+    """Draw and save figures, each given by its name, the function that draws it and its record; the files written."""
+    with matplotlib.rc_context(RC):
+        return [path for name, figure, record in figures for path in save(figure(record), out, name)]
+
+
+def label_ticks(axis: Axis) -> None:
+    """Plain numbers at as many ticks as fit: each decade, or some within it where there are few decades."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (
+        (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.8 else (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    )
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -151,10 +151,15 @@ def _shares(averaging: float, kept: Matrix, weights: Array) -> tuple[Array, Arra
     return old * kept.a, (1 - old) * weights
 
 
+def _damped_factor(a: Array, damping: Array) -> Array:
+    """The Cholesky factor of a + damping I."""
+    diagonal = jnp.arange(a.shape[0])
+    return cholesky(a.at[diagonal, diagonal].add(damping))
+
+
 @jax.jit
 def _solve_dense(a: Array, damping: Array, grad: Array) -> Array:
-    diagonal = jnp.arange(a.shape[0])
-    return cholesky_solve(cholesky(a.at[diagonal, diagonal].add(damping)), -grad)
+    return cholesky_solve(_damped_factor(a, damping), -grad)
 
 
 # --- sample space --------------------------------------------------------------------------------------------------
@@ -233,11 +238,6 @@ def _pushed(window: int, averaging: float, kept: RowSpace, new: Array, c: Array 
     return RowSpace(rows, root, gram, kept.c if c is None else c.reshape(-1), samples)
 
 
-def _factor(kept: RowSpace, damping: Array) -> Array:
-    diagonal = jnp.arange(len(kept.root))
-    return cholesky(kept.gram.at[diagonal, diagonal].add(damping))
-
-
 def _inverse(kept: RowSpace, factor: Array, damping: Array, v: Array) -> Array:
     """(R'R + damping I)^-1 v by Woodbury: v minus what the rows see of it, over the damping."""
     return (v - kept.transposed(cholesky_solve(factor, kept.times(v)))) / damping
@@ -249,7 +249,7 @@ def _push_through(kept: RowSpace, damping: Array, penalty: Array) -> Array:
 
     In float32 at a damping of 1e-7 it has a relative error of 6e-4 where Woodbury has 0.7 (notes of the prototype).
     """
-    factor = _factor(kept, damping)
+    factor = _damped_factor(kept.gram, damping)
     own = kept.transposed(cholesky_solve(factor, kept.c))
     return -own - jnp.where(jnp.any(penalty != 0), _inverse(kept, factor, damping, penalty), 0)
 
@@ -257,7 +257,7 @@ def _push_through(kept: RowSpace, damping: Array, penalty: Array) -> Array:
 @jax.jit
 def _refined(kept: RowSpace, damping: Array, grad: Array) -> Array:
     """-(R'R + damping I)^-1 g: Woodbury loses digits to a small damping, conjugate gradients on top restore them."""
-    factor = _factor(kept, damping)
+    factor = _damped_factor(kept.gram, damping)
 
     def product(v: Array) -> Array:
         return kept.transposed(kept.times(v)) + damping * v
@@ -276,7 +276,6 @@ class Examples(NamedTuple):
     sample: Sample
     rows: RowSpace
     solution: Array
-    samples: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +295,7 @@ class MatrixFree:
         n = self._examples(problem)
         sample = Sample(jnp.zeros(n, np.int32), jnp.zeros(n, w.dtype), jnp.zeros((), np.int32))
         rows = self._row_space().empty(problem, w)
-        return Examples(sample, rows, jnp.zeros_like(w), jnp.zeros((), np.int32))
+        return Examples(sample, rows, jnp.zeros_like(w))
 
     def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Examples, key: Array) -> tuple[Examples, Any]:
         """New examples, and new rows for the preconditioner."""
@@ -307,7 +306,7 @@ class MatrixFree:
             _, fresh = problem.draw(draw, uncertainty, self._examples(problem))
             sample = _turned_over(self.recipe.averaging, kept, fresh, turn)
         space, cost = self._row_space().renewed(problem, w, uncertainty, kept.rows, rows)
-        return Examples(sample, space, kept.solution, kept.samples + 1), cost
+        return Examples(sample, space, kept.solution), cost
 
     def mean_diagonal(self, problem: Problem, w: Array, kept: Examples, key: Array) -> tuple[Array, Any]:
         """By one random vector (Hutchinson)."""
@@ -318,7 +317,7 @@ class MatrixFree:
     def solve(self, problem: Problem, w: Array, kept: Examples, damping: Any, grad: Array):
         """By conjugate gradients from the last solution."""
         lam = _own_damping(kept.rows, damping + problem.real(problem.l2))
-        factor = _jitted_factor(kept.rows, lam)
+        factor = _jitted_factor(kept.rows.gram, lam)
 
         def product(v: Array) -> Array:
             return self._product(problem, w, kept, v) + damping * v
@@ -355,7 +354,7 @@ def _own_damping(rows: RowSpace, damping: Array) -> Array:
     return damping + 0.3 * jnp.trace(rows.gram) / len(rows.root)
 
 
-_jitted_factor, _jitted_inverse = jax.jit(_factor), jax.jit(_inverse)
+_jitted_factor, _jitted_inverse = jax.jit(_damped_factor), jax.jit(_inverse)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -363,7 +362,7 @@ def _turned_over(averaging: float, kept: Examples, fresh: Sample, key: Array) ->
     """A random share `averaging` of the old examples, the rest fresh ones."""
     n = len(fresh.indices)
     mixed = jax.random.permutation(key, n)
-    old = jnp.arange(n, dtype=np.int32) < jnp.where(kept.samples > 0, np.int32(averaging * n), 0)
+    old = jnp.arange(n, dtype=np.int32) < jnp.where(kept.rows.samples > 0, np.int32(averaging * n), 0)
 
     def pick(a: Array, b: Array) -> Array:
         return jnp.where(old, a[mixed], b[mixed])

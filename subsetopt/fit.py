@@ -256,9 +256,7 @@ class _Fit:
         """The first K of the order, or K fresh ones of the pool, the same for the same seed and step."""
         size = self.sizes[self.stage]
         if size == self.problem.examples:
-            return dataclasses.replace(
-                self.problem, subset=self.host.subset, weights=self.host.weights, count=self.host.count, fresh=False
-            )
+            return self.problem.using(self.host.whole())
         if not self.fresh:
             return self.problem.on(self.order[:size])
         rng = np.random.default_rng((self.seed, self.n_steps))
@@ -382,9 +380,7 @@ class _Fit:
 
     def result(self) -> FitResult:
         """The result at the current point, whose loss on the last subset is evaluated if it is not known."""
-        subset = dataclasses.replace(
-            self.host, subset=self.problem.subset, weights=self.problem.weights, count=self.problem.count
-        )
+        subset = self.host.using(self.problem.whole())
         self.state: State = evaluated(subset, self._here(self.state))
         message = self.status.message
         if self.problem.ratio < 1:

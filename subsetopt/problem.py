@@ -223,7 +223,11 @@ class Problem:
         # Sorted: blocks of neighbours are read in one piece, and the whole set needs no copy at all.
         indices = np.zeros(self.examples, np.int32)
         indices[: len(subset)] = np.sort(subset)
-        _, weights, count = subset_of(subset, self.dtype)
+        return self.using(subset_of(subset, self.dtype)._replace(indices=indices), fresh)
+
+    def using(self, whole: Sample, fresh: bool = False) -> "Problem":
+        """The same loss on the subset of another problem, its `whole()`."""
+        indices, weights, count = whole
         return dataclasses.replace(self, subset=indices, weights=weights, count=count, fresh=fresh)
 
     def whole(self) -> Sample:
@@ -382,7 +386,7 @@ def held_out(problem: Problem, data: Any, loss: Any, w: Array) -> Problem:
 def placed(problem: Problem, driver: str) -> Problem:
     """The problem for "host" or "compiled"; "auto": compiled on an accelerator that holds the data, host on a CPU.
 
-    On a CPU, XLA's convolutions are 10 to 30 times slower inside a compiled loop.
+    On a CPU, XLA's convolutions are far slower inside a compiled loop.
     """
     devices, arrays = problem.driver.devices, (problem.x, problem.y)
     mapped = any(isinstance(a, np.memmap) for a in arrays)

@@ -25,6 +25,22 @@ hypothesis.settings.load_profile("seeded")
 
 
 @pytest.fixture(scope="session")
+def smoke(run_python, tmp_path_factory) -> Callable[[str], tuple[Callable[..., str], Path]]:
+    """For an experiment: what runs its smoke parts in a folder of the test's, and the folder."""
+
+    def of(experiment: str) -> tuple[Callable[..., str], Path]:
+        folder = tmp_path_factory.mktemp(experiment)
+
+        def run(*arguments: str) -> str:
+            folders = ("--out", folder / "out", "--results", folder / "results")
+            return run_python("-m", f"experiments.{experiment}", "--smoke", *folders, *arguments)
+
+        return run, folder
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
     """Runs Python anew, warnings being errors, with so many CPU devices; what it printed."""
 

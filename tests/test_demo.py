@@ -11,15 +11,9 @@ from subsetopt import progress
 
 
 @pytest.fixture(scope="module")
-def demo(run_python, tmp_path_factory):
-    """Runs the demo in a folder of the test's; its output and the folder."""
-    folder = tmp_path_factory.mktemp("demo")
-
-    def run(*arguments: str) -> str:
-        folders = ("--out", folder / "out", "--results", folder / "results")
-        return run_python("-m", "experiments.demo", "--smoke", *folders, *arguments)
-
-    return run, folder
+def demo(smoke):
+    """Runs smoke parts in a folder of the test's; its output and the folder."""
+    return smoke("demo")
 
 
 def test_demo_runs_part_by_part_to_a_record_a_table_and_figures(demo):

@@ -14,15 +14,9 @@ from paper_figures import style
 
 
 @pytest.fixture(scope="module")
-def measure(run_python, tmp_path_factory):
-    """Runs smoke points in a folder of the test's; its output and the folder."""
-    folder = tmp_path_factory.mktemp("scaling")
-
-    def run(*arguments: str) -> str:
-        folders = ("--out", folder / "out", "--results", folder / "results")
-        return run_python("-m", "experiments.scaling", "--smoke", *folders, *arguments)
-
-    return run, folder
+def measure(smoke):
+    """Runs smoke parts in a folder of the test's; its output and the folder."""
+    return smoke("scaling")
 
 
 def test_memmap_runs_to_a_record_and_a_bar_and_is_not_measured_twice(measure):

@@ -28,15 +28,9 @@ NETWORKS = {
 
 
 @pytest.fixture(scope="module")
-def race(run_python, tmp_path_factory):
-    """Runs the smallest problem in a folder of the test's; its output and the folder."""
-    folder = tmp_path_factory.mktemp("solver_speed")
-
-    def run(*arguments: str) -> str:
-        folders = ("--out", folder / "out", "--results", folder / "results")
-        return run_python("-m", "experiments.solver_speed", "--smoke", *folders, *arguments)
-
-    return run, folder
+def race(smoke):
+    """Runs smoke parts in a folder of the test's; its output and the folder."""
+    return smoke("solver_speed")
 
 
 def test_race_runs_part_by_part_to_a_record_a_table_and_a_figure(race):
