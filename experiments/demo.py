@@ -27,6 +27,7 @@ from experiments.runs import (
     Options,
     Price,
     adam,
+    chosen,
     count,
     fit_curve,
     gradient_flops,
@@ -84,28 +85,20 @@ class Arguments(Options):
 
 def main(arguments: Arguments) -> None:
     """Run what has no result yet, then print and draw it."""
+    picked = chosen(arguments.only, {"method": METHODS})
     job = Job(arguments)
     if arguments.list:
         job.show()
         return
     if arguments.again:
         job.forget()
-    for method in _chosen(arguments.only):
+    for method in picked.values() or METHODS:
         job.run(method)
     if job.complete():
         record = job.record()
         print_table(record)
         for path in figure.draw([record], arguments.out):
             print(f"figure: {path}")
-
-
-def _chosen(only: str | None) -> tuple[str, ...]:
-    if only is None:
-        return METHODS
-    key, _, method = only.partition("=")
-    if key != "method" or method not in METHODS:
-        sys.exit(f"--only must be method=NAME with NAME one of {', '.join(METHODS)}, found {only!r}.")
-    return (method,)
 
 
 class Job:

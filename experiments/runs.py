@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from subsetopt import FinetuneResult, FitResult, GaussNewton, Growth, finetune, 
 
 Arrays = tuple[np.ndarray, np.ndarray]
 WHOLE = Growth(start=1e9)  # a first ratio that no set reaches: one stage, the whole set
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "adam": optax.adam,
+    "sgd": functools.partial(optax.sgd, momentum=0.9),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,17 @@ class Options:
     """Run anew what has a result already."""
     smoke: bool = False
     """A few examples and steps, to see that it runs."""
+
+
+def chosen(only: str | None, names: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """What `--only key=NAME[,key=NAME]` picks; exits, saying what there is, for any other key or name."""
+    items = [item.partition("=") for item in only.split(",")] if only is not None else []
+    picked = {key: name for key, _, name in items}
+    if len(picked) < len(items) or any(name not in names.get(key, ()) for key, name in picked.items()):
+        several = ", or several with commas" if len(names) > 1 else ""
+        known = "; ".join(f"{key} one of {', '.join(values)}" for key, values in names.items())
+        sys.exit(f"--only must be {' or '.join(f'{key}=NAME' for key in names)}{several}; {known}. Found {only!r}.")
+    return picked
 
 
 def fit_whole(model: Any, data: Any, solver: Any, params: Any = None, **options: Any) -> FitResult:
@@ -67,14 +83,17 @@ def gradient_flops(model: nn.Module, shape: tuple[int, ...], block: int = 128) -
     return flops(jax.value_and_grad(loss), params, x, y) / block
 
 
-def linear_algebra_flops(solver: Any, parameters: int) -> float:
-    """Operations of one step beside the model's own: the curvature matrix (its lower half) and its factorisations.
+def linear_algebra_flops(solver: Any, parameters: int, examples: int, outputs: int = 10) -> float:
+    """Operations of a step on so many examples beside the model's own: the curvature matrix and its factorisations.
 
-    The compiler's cost analysis does not see into the factorisation, so these two are counted by hand.
+    By halves, for both are symmetric. The compiler's cost analysis does not see into them: they are counted by hand.
     """
-    if not isinstance(solver, GaussNewton) or solver.curvature_ratio is None:
+    if not isinstance(solver, GaussNewton):
         return 0.0
-    return (solver.curvature_ratio + len(solver.damping_factors) / 3) * parameters**3
+    rows = examples * outputs
+    if solver.curvature_ratio is not None:
+        rows = max(solver.curvature_ratio * parameters, solver.curvature_share * examples)
+    return rows * parameters**2 + len(solver.damping_factors) / 3 * parameters**3
 
 
 def count(params: Any) -> int:
@@ -129,19 +148,37 @@ def adam(
     model: nn.Module, train: Arrays, params: Any, rate: float, epochs: int, seed: int, **options: Any
 ) -> FinetuneResult:
     """Adam on mini-batches of 128, cosine decay from `rate` to zero over all steps."""
-    steps = epochs * -(-len(train[0]) // 128)
-    schedule = optax.cosine_decay_schedule(rate, steps)
-    return finetune(
-        model, train, params, optimizer=optax.adam(schedule), epochs=epochs, seed=seed, progress=False, **options
-    )
+    return first_order(model, train, params, "adam", rate, epochs, seed, **options)
+
+
+def first_order(
+    model: nn.Module,
+    train: Arrays,
+    params: Any,
+    optimizer: str,
+    rate: float,
+    epochs: int,
+    seed: int,
+    batch_size: int = 128,
+    **options: Any,
+) -> FinetuneResult:
+    """An optimizer, by its name, on mini-batches; cosine decay from `rate` to zero over all steps."""
+    transformation = _optimizer(optimizer, rate, epochs * -(-len(train[0]) // batch_size))
+    options = {"optimizer": transformation, "epochs": epochs, "batch_size": batch_size, "seed": seed} | options
+    return finetune(model, train, params, progress=False, **options)
+
+
+@functools.lru_cache(maxsize=64)  # the same optimizer object, so that the same run compiles its step once
+def _optimizer(name: str, rate: float, steps: int) -> optax.GradientTransformation:
+    return OPTIMIZERS[name](optax.cosine_decay_schedule(rate, steps))
 
 
 def fit_curve(model: nn.Module, fit: FitResult, snapshots: dict[int, Any], train: Arrays, price: Price, solver: Any):
     """The history of a fit with its three costs, and the loss of the whole training set at the snapshots (by step)."""
-    extra = linear_algebra_flops(solver, count(fit.params))
-    rows = []
+    rows, parameters, extra = [], count(fit.params), 0.0
     for i, step in enumerate(fit.history["step"]):
-        cost = price.of(fit.history["sample_grads"][i], fit.history["seconds"][i], extra * step)
+        extra += linear_algebra_flops(solver, parameters, fit.history["examples"][i])
+        cost = price.of(fit.history["sample_grads"][i], fit.history["seconds"][i], extra)
         full = loss_and_accuracy(model, snapshots[step], train)[0] if step in snapshots else None
         names = {"examples": "examples", "ratio": "ratio", "stage": "stage", "subset_loss": "loss"}
         row = {name: fit.history[key][i] for name, key in names.items()}

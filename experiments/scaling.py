@@ -37,7 +37,7 @@ from rich.table import Table
 
 from experiments import records
 from experiments.models import CNN, MLP
-from experiments.runs import WHOLE, Arrays, Options, columns, count, fit_whole
+from experiments.runs import WHOLE, Arrays, Options, chosen, columns, count, fit_whole
 from paper_figures import scaling as figure
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, curvature, linalg
 
@@ -64,8 +64,8 @@ def main(arguments: Arguments) -> None:
         point = json.loads(arguments.worker)
         print(json.dumps(PARTS[point.pop("part")].measure(**point)))
         return
-    chosen = _chosen(arguments.only)
-    jobs = [Job(name, arguments) for name in PARTS if chosen in (None, name)]
+    part = chosen(arguments.only, {"part": PARTS}).get("part")
+    jobs = [Job(name, arguments) for name in PARTS if part in (None, name)]
     if arguments.list:
         for job in jobs:
             job.show()
@@ -74,15 +74,6 @@ def main(arguments: Arguments) -> None:
     print_table(made)
     for path in figure.draw(made, arguments.out):
         print(f"figure: {path}")
-
-
-def _chosen(only: str | None) -> str | None:
-    if only is None:
-        return None
-    key, _, value = only.partition("=")
-    if key != "part" or value not in PARTS:
-        sys.exit(f"--only must be part=NAME, NAME one of {', '.join(PARTS)}; found {only!r}.")
-    return value
 
 
 # --- data, fits, memory --------------------------------------------------------------------------------------------
@@ -161,7 +152,7 @@ def recipe_of(solver: GaussNewton, parameters: int) -> curvature.Recipe:
     """What a solver asks of a form of its system."""
     rows = int(np.ceil((solver.curvature_ratio or 1) * parameters))
     precision, steps = solver.curvature_precision, solver.cg_max_steps
-    return curvature.Recipe(rows, solver.averaging, precision, solver.cg_tolerance, steps)
+    return curvature.Recipe(rows, solver.curvature_share, solver.averaging, precision, solver.cg_tolerance, steps)
 
 
 def clocked(function: Callable, *arguments: Any) -> tuple[Any, float]:
@@ -307,21 +298,21 @@ def measure_parameters(model: str, ratio: float, examples: int, rounds: int) -> 
     """The forms in turns: noise strikes all of them. auto: what the cost model picks, from modelled_flops."""
     (network, shape), names = MODELS[model], ("dense", "sample", "cg")
     data, solver = Teacher(shape).fill(examples), GaussNewton(curvature_ratio=ratio)
-    chosen: Row = {}
+    picked: Row = {}
 
     def look(problem: Any, w: Array) -> None:
         forms = {curvature.Dense: "dense", curvature.SampleSpace: "sample", curvature.MatrixFree: "cg"}
         recipe, dampings = recipe_of(solver, w.size), len(solver.damping_factors)
-        chosen["auto"] = forms[type(curvature.form_of(problem, recipe, "auto", dampings))]
-        chosen["modelled_flops"] = curvature.form_flops(problem, recipe, dampings)
-        chosen["parameters"], chosen["gradient_flops"] = w.size, curvature.gradient_flops(problem)
+        picked["auto"] = forms[type(curvature.form_of(problem, recipe, "auto", dampings))]
+        picked["modelled_flops"] = curvature.form_flops(problem, recipe, dampings)
+        picked["parameters"], picked["gradient_flops"] = w.size, curvature.gradient_flops(problem)
 
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
             looking = Looking(dataclasses.replace(solver, linear_solve=name), look)
             seconds[name].append(seconds_per_step(fit_whole(network, data, looking, max_steps=3, driver="host")))
-    row = {"model": model, "ratio": ratio, "examples": examples} | chosen
+    row = {"model": model, "ratio": ratio, "examples": examples} | picked
     times = {name: statistics.median(values) for name, values in seconds.items()}
     return [{"series": f"{name}-{ratio}", "form": name, "seconds_per_step": times[name]} | row for name in names]
 

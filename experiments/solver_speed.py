@@ -38,7 +38,7 @@ from rich.table import Table
 from experiments import records
 from experiments.data import load
 from experiments.models import FAMILY, MLP
-from experiments.runs import Arrays, Options, Price, columns, count, fit_whole, gradient_flops
+from experiments.runs import Arrays, Options, Price, chosen, columns, count, fit_whole, gradient_flops
 from paper_figures import solver_speed as figure
 from subsetopt import LBFGS, GaussNewton, Progress
 
@@ -85,33 +85,22 @@ class Arguments(Options):
 
 def main(arguments: Arguments) -> None:
     """Run what has no result yet, then print and draw it."""
-    problem, part = _chosen(arguments.only)
+    picked = chosen(arguments.only, {"problem": SETTINGS, "solver": PARTS})
+    problem, part = picked.get("problem"), picked.get("solver")
     for job in [Job(name, arguments) for name in SETTINGS if problem in (None, name)]:
         if arguments.list:
             job.show()
             continue
-        chosen = [name for name in job.parts if part in (None, name)]
+        names = [name for name in job.parts if part in (None, name)]
         if arguments.again:
-            job.forget(chosen)
-        for name in chosen:
+            job.forget(names)
+        for name in names:
             job.run(name)
         if job.complete():
             record = job.record()
             print_table(record)
             for path in figure.draw([record], arguments.out):
                 print(f"figure: {path}")
-
-
-def _chosen(only: str | None) -> tuple[str | None, str | None]:
-    chosen: dict[str, str] = {}
-    for item in only.split(",") if only else []:
-        key, _, value = item.partition("=")
-        chosen[key] = value
-    names = {"problem": (*SETTINGS,), "solver": PARTS}
-    if any(value not in names.get(key, ()) for key, value in chosen.items()):
-        known = f"problem one of {', '.join(SETTINGS)} and solver one of {', '.join(PARTS)}"
-        sys.exit(f"--only must be problem=NAME, solver=NAME or both with a comma, {known}; found {only!r}.")
-    return chosen.get("problem"), chosen.get("solver")
 
 
 # --- problems ------------------------------------------------------------------------------------------------------

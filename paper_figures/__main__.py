@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from paper_figures import demo, scaling, solver_speed
+from paper_figures import ablations, cost_to_loss, demo, scaling, solver_speed
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = 1  # of the records that these figures understand
 
 # A figure has the name of the experiment whose records it draws.
 FIGURES: dict[str, Callable[[list[dict], Path], list[Path]]] = {
+    "ablations": ablations.draw,
+    "cost_to_loss": cost_to_loss.draw,
     "demo": demo.draw,
     "scaling": scaling.draw,
     "solver_speed": solver_speed.draw,

@@ -14,6 +14,7 @@ measurement: one random row an example drawn by output uncertainty, and averagin
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -38,25 +39,30 @@ _MODEL_RATE, _ROW_RATE, _CALL = 15.0, 36.0, 5e8  # see form_flops
 class Recipe:
     """How curvature is sampled and solved with; a field of GaussNewton says more about each.
 
-    rows: single rows a step; None: all M rows of the whole subset, nothing averaged.
+    rows: single rows a step, more where `share` of the subset's examples are more; None: all M rows of the whole
+    subset, nothing averaged.
     """
 
     rows: int | None
+    share: float
     averaging: float
     precision: str
     cg_tolerance: float
     cg_max_steps: int
 
     def most_rows(self, problem: Problem) -> int:
-        """Rows of one sample, of the whole set where it is that."""
-        return problem.examples * problem.outputs if self.rows is None else self.rows
+        """Rows of one sample where the subset is the whole set."""
+        if self.rows is None:
+            return problem.examples * problem.outputs
+        return max(self.rows, math.ceil(self.share * problem.examples))
 
     def draw(self, problem: Problem, uncertainty: Any, key: Array) -> tuple[Sample, Any]:
         """A sample with random signs u (n, M), one row an example; u None: the whole subset, all rows."""
         if self.rows is None:
             return problem.whole(), None
         draw, signs = jax.random.split(key)
-        positions, sample = problem.draw(draw, uncertainty, self.rows)
+        rows = _rows_now(self.rows, self.share, problem.count)
+        positions, sample = problem.draw(draw, uncertainty, self.most_rows(problem), rows)
         return sample, _signs(problem.outputs, problem.dtype, signs, positions)
 
     def cost(self, problem: Problem, sample: Sample) -> Any:
@@ -66,6 +72,11 @@ class Recipe:
     def fast(self) -> contextlib.AbstractContextManager:
         """Matrix products of the curvature may be coarser than those of the gradient."""
         return jax.default_matmul_precision(self.precision)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rows_now(rows: int, share: float, count: Array) -> Array:
+    return jnp.maximum(rows, jnp.ceil(share * count.astype(np.float32)).astype(count.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -303,7 +314,8 @@ class MatrixFree:
         sample = problem.whole()
         sample = sample._replace(weights=jnp.broadcast_to(sample.weights, sample.indices.shape))
         if self.recipe.rows is not None:
-            _, fresh = problem.draw(draw, uncertainty, self._examples(problem))
+            n = self._examples(problem)
+            _, fresh = problem.draw(draw, uncertainty, n, np.int32(n))
             sample = _turned_over(self.recipe.averaging, kept, fresh, turn)
         space, cost = self._row_space().renewed(problem, w, uncertainty, kept.rows, rows)
         return Examples(sample, space, kept.solution), cost
@@ -342,7 +354,7 @@ class MatrixFree:
         return min(problem.examples, -(-self.recipe.most_rows(problem) // problem.outputs))
 
     def _row_space(self) -> SampleSpace:
-        return SampleSpace(dataclasses.replace(self.recipe, rows=self.preconditioner), 1, push_through=False)
+        return SampleSpace(dataclasses.replace(self.recipe, rows=self.preconditioner, share=0.0), 1, push_through=False)
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from subsetopt.checkpoint import Checkpoint
 from subsetopt.drivers import Sample
 from subsetopt.finetune import warm_up
 from subsetopt.gauss_newton import GaussNewton
-from subsetopt.growth import Growth, draw_order
+from subsetopt.growth import Growth, draw_fresh, draw_order
 from subsetopt.model import Model, Params, mask_tree
 from subsetopt.problem import LOSS, Problem, make_problem, placed, subset_of
 from subsetopt.progress import Bar
@@ -94,7 +94,7 @@ def fit_subset(
     solver: Solver | None = None,
     growth: Growth | None = None,
     until: str | int | None = None,
-    warmup_epochs: float = 2.0,
+    warmup_epochs: float = 1.0,
     seed: int = 0,
     l2: float = 0.0,
     max_steps: int | None = None,
@@ -120,7 +120,7 @@ def fit_subset(
             "converged": the subset's minimum; a number: that many steps. None: the solver's own. The last stage goes
             on until it has converged, target_loss or max_steps; with "representative" and a subset as last stage, the
             probe ends that one too.
-        warmup_epochs: Adam on mini-batches (1e-2, cosine decay, no l2) before the first step, in epochs; 0: none.
+        warmup_epochs: Adam on mini-batches of 32 (2e-2, cosine decay, no l2) before the first step, in epochs; 0: none.
         seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
         l2: adds l2/2 |w|^2 over trainable parameters.
         max_steps: solver steps in all stages together; None: the solver's own.
@@ -193,12 +193,14 @@ class _Fit:
         self.solver, self.growth, self.until = solver, growth, until
         self.max_steps, self.target_loss, self.seed = max_steps, target_loss, seed
         n = problem.examples
-        probe = min(PROBE_EXAMPLES, int(PROBE_SHARE * n))
+        # A fresh subset's loss is an unbiased look by itself; only the rule that needs a probe pays for one.
+        probe = min(PROBE_EXAMPLES, int(PROBE_SHARE * n)) if growth.nested or until == "representative" else 0
         self.sizes = growth.sizes(n, problem.parameters, problem.outputs, probe)
         self.order = draw_order(host.y, seed).astype(np.int32)
         watched = probe > 0 and self.sizes[0] < n
         self.probe: Sample | None = subset_of(self.order[n - probe :], problem.dtype) if watched else None
         self.pool = self.order[: n - probe]
+        self.slopes = np.full(n, np.nan, problem.dtype)  # of each example, when it was last looked at
         # Where the fit stands; all of it is in a checkpoint.
         self.stage, self.n_steps, self.stage_steps, self.probe_cost, self.status = (0, 0, 0, 0.0, Status.RUNNING)
         self.history: dict[str, list] = {key: [] for key in _HISTORY}
@@ -229,7 +231,7 @@ class _Fit:
         try:
             if warmup_epochs and not resumed:
                 pool = self.host.on(self.pool if self.probe is not None else self.order)
-                w, cost = warm_up(pool, w, mask, warmup_epochs, self.seed)
+                w, cost, self.slopes = warm_up(pool, w, mask, warmup_epochs, self.seed)
                 self.state = self.state.replace(w=w, cost=cost)
             self._enter_stage(resumed)
             while self.status == Status.RUNNING:
@@ -260,19 +262,27 @@ class _Fit:
         if not self.fresh:
             return self.problem.on(self.order[:size])
         rng = np.random.default_rng((self.seed, self.n_steps))
-        return self.problem.on(rng.choice(self.pool, size, replace=False, shuffle=False), fresh=True)
+        chosen, weights = draw_fresh(self.slopes[self.pool], size, self.growth.importance, rng)
+        return self.problem.on(self.pool[chosen], weights)
 
     def _step(self, callback: Any, bar: Bar) -> None:
         target = -math.inf if self.target_loss is None or not self._is_last_stage() else self.target_loss
         self.state, steps = advance(self.problem, self.solver, self.state, self._steps_at_once(), target)
         self.n_steps += steps
         self.stage_steps += steps
+        if self.fresh:
+            self._remember_slopes()
         progress = self._record()
         bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
         if self.fresh and not self.state.known:  # the step was taken
             self.problem = self._subset()
         if callback is not None and callback(progress):
             self.status = Status.STOPPED
+
+    def _remember_slopes(self) -> None:
+        """What this subset has shown of its examples."""
+        seen = np.asarray(self.problem.subset)[: int(self.problem.count)]
+        self.slopes[seen] = np.asarray(self.state.evaluation.slope)[: len(seen)]
 
     def _steps_at_once(self) -> int:
         """Steps until something has to be looked at from here."""
@@ -403,7 +413,7 @@ class _Fit:
     _KEPT = ("stage", "n_steps", "stage_steps", "probe_cost", "history", "stages", "stage_begin")
 
     def _tree(self) -> Any:
-        return self.state, self.best_w
+        return self.state, self.best_w, self.slopes
 
     def _content(self) -> dict[str, Any]:
         content = {key: getattr(self, key) for key in self._KEPT} | {"status": int(self.status)}
@@ -414,7 +424,8 @@ class _Fit:
         saved = saver.load(self._tree())
         if saved is None:
             return False
-        (self.state, self.best_w), content = saved
+        (self.state, self.best_w, slopes), content = saved
+        self.slopes = np.array(slopes)
         for key in self._KEPT:
             setattr(self, key, content[key])
         for key in ("best_probe", "last_check"):

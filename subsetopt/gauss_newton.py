@@ -4,8 +4,9 @@
 
 Gauss-Newton and its damping: Nocedal and Wright, Numerical Optimization (2006), section 10.3; Martens, Deep learning
 via Hessian-free optimization (2010), for J'HJ with the output Hessian H and curvature on a sample. Ours, all of them
-heuristics chosen by measurement: one random row an example drawn by output uncertainty, averaging over steps, and
-damping and momentum picked among candidates by the loss on a small sample instead of a gain ratio.
+heuristics chosen by measurement (experiments/ablations.py): one random row an example drawn by output uncertainty, a
+little averaging over steps, and damping and momentum picked among candidates by the loss on a small sample instead of
+a gain ratio.
 """
 
 import dataclasses
@@ -62,6 +63,7 @@ class GaussNewton:
 
     curvature_ratio: rows of the curvature sample per parameter, one random row an example; None: all M rows of the
         whole subset every step, nothing averaged, the classical method with fast local convergence.
+    curvature_share: rows per example of the subset, where that is more.
     averaging: weight of the older curvature, A = averaging A_old + (1 - averaging) A_new; in the CG form, the share of
         examples kept from step to step.
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
@@ -77,19 +79,20 @@ class GaussNewton:
         in float64.
     """
 
-    curvature_ratio: float | None = 1.1
-    averaging: float = 0.5
+    curvature_ratio: float | None = 0.5
+    curvature_share: float = 0.25
+    averaging: float = 0.3
     curvature_precision: str = "highest"
     damping: float = 0.1
     damping_factors: tuple[float, ...] = (0.4, 1.5)
     momenta: tuple[float, ...] = (0.3, 0.6)
-    trial_examples: int = 1000
+    trial_examples: int = 500
     linear_solve: str = "auto"
     cg_tolerance: float = 1e-2
     cg_max_steps: int = 50
     tolerance: float | None = None
 
-    growth: ClassVar[Growth] = Growth(start=4, factor=1.13, nested=False)
+    growth: ClassVar[Growth] = Growth(start=4, factor=1.1, nested=False)
     until: ClassVar[str | int] = 1
     max_steps: ClassVar[int] = 60
     check_every: ClassVar[int] = 1
@@ -98,6 +101,7 @@ class GaussNewton:
     def __post_init__(self):
         if self.curvature_ratio is not None:
             checks.positive("GaussNewton.curvature_ratio", self.curvature_ratio)
+        checks.real_number("GaussNewton.curvature_share", self.curvature_share, 0)
         checks.real_number("GaussNewton.averaging", self.averaging, 0, 1)
         checks.real_number("GaussNewton.damping", self.damping, 0)
         checks.tuple_of(checks.positive, "GaussNewton.damping_factors", self.damping_factors)
@@ -134,7 +138,8 @@ class GaussNewton:
 
     def _form(self, problem: Problem) -> Form:
         rows = None if self.curvature_ratio is None else math.ceil(self.curvature_ratio * problem.parameters)
-        recipe = Recipe(rows, self.averaging, self.curvature_precision, self.cg_tolerance, self.cg_max_steps)
+        sampling = rows, self.curvature_share, self.averaging
+        recipe = Recipe(*sampling, self.curvature_precision, self.cg_tolerance, self.cg_max_steps)
         return form_of(problem, recipe, self.linear_solve, len(self.damping_factors))
 
     def _with_curvature(self, problem: Problem, form: Form, state: State) -> State:
@@ -194,12 +199,12 @@ class GaussNewton:
 
         def whole() -> tuple[Any, Sample]:
             positions = jnp.arange(size, dtype=np.int32)
-            weights = jnp.broadcast_to(problem.weights, (size,))
+            weights = jnp.broadcast_to(problem.weights, (problem.examples,))[:size]
             return positions, Sample(jnp.asarray(problem.subset[:size]), weights, jnp.asarray(problem.count))
 
         def drawn() -> tuple[Any, Sample]:
             n = min(self.trial_examples, size)
-            positions, sample = problem.draw(key, state.evaluation.uncertainty, n)
+            positions, sample = problem.draw(key, state.evaluation.uncertainty, n, np.int32(n))
             indices, weights = (jnp.pad(jnp.asarray(a), (0, size - n)) for a in sample[:2])
             return jnp.pad(positions, (0, size - n)), Sample(indices, weights, jnp.asarray(sample.count))
 

@@ -29,12 +29,15 @@ class Growth:
     stop: ratio of the last subset; None: on to the whole training set. `Growth(q, stop=q)` is one subset.
     nested: True: each subset is a prefix of one permutation, a deterministic objective. False: every step draws a
         fresh subset of its stage's size (Gauss-Newton only; seeded, so just as repeatable).
+    importance: share of a fresh subset that is drawn in proportion to the examples' last known slopes |dl/df|, the
+        rest uniformly; weights keep its loss unbiased. 0: all uniformly.
     """
 
     start: float = 4.0
     factor: float = 1.25
     stop: float | None = None
     nested: bool = True
+    importance: float = 0.8
 
     def __post_init__(self):
         checks.positive("Growth.start", self.start)
@@ -45,6 +48,9 @@ class Growth:
             checks.real_number("Growth.stop", self.stop)
             must = f"be at least start={self.start!r}"
             checks.require(self.stop >= self.start, "Growth.stop", must, repr(self.stop), "None grows to the whole set")
+        checks.real_number("Growth.importance", self.importance, 0, 1)
+        way_out = "some draws have to be uniform: an example's last slope may be out of date"
+        checks.require(self.importance < 1, "Growth.importance", "be below 1", repr(self.importance), way_out)
 
     def sizes(self, examples: int, parameters: int, outputs: int, probe: int = 0) -> list[int]:
         """Subset sizes K = ceil(Q P / M), stage by stage.
@@ -62,6 +68,40 @@ class Growth:
             sizes.append(size(ratio))
             ratio *= self.factor
         return sorted({*sizes, last})
+
+
+def draw_fresh(
+    slopes: np.ndarray, size: int, importance: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A fresh subset: `size` different positions, and their weights, which make its sums unbiased means of the n.
+
+    slopes: (n,) last known |dl_i/df_i|, NaN where there is none: those count as the mean. Sampling by slopes:
+    Katharopoulos and Fleuret, Not all samples are created equal (2018), there by this very bound of the gradient's
+    norm; sequential Poisson sampling: Ohlsson, J. Official Statistics 14 (1998).
+    """
+    known = np.isfinite(slopes)
+    mean = slopes[known].mean() if known.any() else 1.0
+    slopes = np.where(known, slopes, mean).astype(np.float64)
+    total, n = slopes.sum(), len(slopes)
+    share = slopes / total if total > 0 else np.full(n, 1 / n)
+    inclusion = _inclusion(importance * share + (1 - importance) / n, size)
+    # Who is sure to come is ranked first.
+    rank = np.where(inclusion < 1, rng.random(n) / inclusion, 0)
+    chosen = np.argpartition(rank, size - 1)[:size]
+    return chosen, 1 / (n * inclusion[chosen])
+
+
+def _inclusion(shares: np.ndarray, size: int) -> np.ndarray:
+    """Probabilities in proportion to the shares, none above one, with the sum `size`."""
+    inclusion = np.ones(len(shares))
+    rest = np.arange(len(shares))
+    while size < len(shares):
+        scaled = (size - len(shares) + len(rest)) * shares[rest] / shares[rest].sum()
+        if scaled.max() <= 1:
+            inclusion[rest] = scaled
+            break
+        rest = rest[scaled < 1]
+    return inclusion
 
 
 def draw_order(y: np.ndarray, seed: int, stratified: bool = True) -> np.ndarray:

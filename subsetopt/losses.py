@@ -30,6 +30,11 @@ class Loss:
     uncertainty: Callable[[Array, Array], Array]
     residual: Callable[[Array, Array], Array] | None = None
 
+    def slope(self, f: Array, y: Array) -> Array:
+        """(n,) |dl_i/df_i|, how much example i can still say about the gradient."""
+        slopes = jax.grad(lambda f: jnp.sum(self.values(f, y)))(f)
+        return jnp.linalg.norm(_flat(slopes), axis=-1)
+
 
 def _softmax_values(f: Array, y: Array) -> Array:
     if y.ndim == 1:

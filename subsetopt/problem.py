@@ -39,8 +39,8 @@ class Objective:
 class Evaluation(NamedTuple):
     """Loss and gradient of the subset at w, with the per-example values that come for free.
 
-    value (): L(w). grad (P,): its gradient. norm (): |grad|. losses, uncertainty (N,): of each example, in the subset's
-    order, zero beyond it; uncertainty is None where it was not asked for.
+    value (): L(w). grad (P,): its gradient. norm (): |grad|. losses, uncertainty, slope (N,): of each example, in the
+    subset's order, zero beyond it; the last two are None where they were not asked for.
     """
 
     value: Any
@@ -48,6 +48,7 @@ class Evaluation(NamedTuple):
     norm: Any
     losses: Any
     uncertainty: Any
+    slope: Any
 
 
 # --- kernels: one block --------------------------------------------------------------------------------------------
@@ -64,7 +65,8 @@ def _gradient_block(static: tuple[Objective, bool], grad: Array, shared: Any, bl
         return jnp.sum(weights * losses), (losses, outputs)
 
     g, (losses, outputs) = jax.grad(weighted, has_aux=True)(w)
-    return grad + g, (losses, objective.loss.uncertainty(outputs, y) if uncertain else None)
+    known = (objective.loss.uncertainty(outputs, y), objective.loss.slope(outputs, y)) if uncertain else (None, None)
+    return grad + g, (losses, *known)
 
 
 def _loss_block(objective: Objective, nothing: Any, shared: Any, block: Any) -> tuple[Any, Array]:
@@ -150,29 +152,33 @@ def _plus_penalty(difference: Array, w: Array, w0: Array, l2: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _draw(n: int, key: Array, uncertainty: Array, count: Array) -> tuple[Array, Array]:
-    """Positions (n,) with q_i = 0.1 / K + 0.9 s_i / sum s, and weights 1 / (n K q_i).
+def _draw(most: int, n: Array, key: Array, uncertainty: Array, weights: Array, count: Array) -> tuple[Array, Array]:
+    """Positions (most,) with q_i = 0.1 w_i / sum w + 0.9 w_i s_i / sum w s, and weights w_i / (n q_i).
 
-    Each example comes floor(n q_i) times, and once more for the rest by sequential Poisson sampling (Ohlsson, J.
-    Official Statistics 14, 1998): ranked by a random number over the rest. What an example's number decides is that
-    example alone, so rounding in the uncertainties (other blocks, other devices) changes hardly any draw.
+    Only the first n stand, the others have weight zero. Each example comes floor(n q_i) times, and once more for the
+    rest by sequential Poisson sampling (Ohlsson, J. Official Statistics 14, 1998): ranked by a random number over the
+    rest. What an example's number decides is that example alone, so rounding in the uncertainties (other blocks, other
+    devices) changes hardly any draw.
     """
     inside = jnp.arange(len(uncertainty), dtype=count.dtype) < count
-    share = 1 / count.astype(uncertainty.dtype)
-    s = jnp.where(inside, uncertainty, 0)
+    weights = jnp.where(inside, weights, 0)
+    share = weights / jnp.sum(weights)
+    s = weights * uncertainty
     total = jnp.sum(s)
     s = jnp.where(total > 0, s / jnp.where(total > 0, total, 1), share)
-    q = jnp.where(inside, 0.1 * share + 0.9 * s, 0)
-    sure = jnp.floor(n * q)
-    rest = n * q - sure
+    q = 0.1 * share + 0.9 * s
+    expected = n.astype(q.dtype) * q
+    sure = jnp.floor(expected)
+    rest = expected - sure
     number = jax.random.uniform(key, q.shape, q.dtype)
     rank = jnp.where(rest > 0, number / jnp.where(rest > 0, rest, 1), jnp.inf)
-    _, first = lax.top_k(-rank, min(n, len(q)))
+    _, first = lax.top_k(-rank, min(most, len(q)))
     times = sure.astype(count.dtype)
     once_more = jnp.arange(len(first), dtype=count.dtype) < n - jnp.sum(times, dtype=count.dtype)
     times = times.at[first].add(once_more.astype(count.dtype))
-    positions = jnp.repeat(jnp.arange(len(q), dtype=count.dtype), times, total_repeat_length=n)
-    return positions, share / (n * q[positions])
+    positions = jnp.repeat(jnp.arange(len(q), dtype=count.dtype), times, total_repeat_length=most)
+    stands = jnp.arange(most, dtype=n.dtype) < n
+    return positions, jnp.where(stands, (weights / jnp.where(expected > 0, expected, 1))[positions], 0)
 
 
 # --- the problem ---------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ class Problem:
 
     x, y: all N examples: NumPy or a memmap for the host driver, arrays on the devices for the compiled one.
     subset: (N,) indices, of which the first `count` are in use: a growing subset changes no shape, nothing recompiles.
-    weights: (), 1 / count.
+    weights: (), 1 / count, or (N,) where the examples of the subset were drawn with unequal probabilities.
     fresh: the next step gets another subset, so nothing evaluated on this one is worth keeping.
     """
 
@@ -218,12 +224,20 @@ class Problem:
         """Q = K M / P."""
         return float(self.count) * self.outputs / self.parameters
 
-    def on(self, subset: np.ndarray, fresh: bool = False) -> "Problem":
-        """The same loss on another subset."""
+    def on(self, subset: np.ndarray, weights: np.ndarray | None = None) -> "Problem":
+        """The same loss on another subset (K,), equally weighted; with weights (K,), on one that is drawn anew."""
         # Sorted: blocks of neighbours are read in one piece, and the whole set needs no copy at all.
-        indices = np.zeros(self.examples, np.int32)
-        indices[: len(subset)] = np.sort(subset)
-        return self.using(subset_of(subset, self.dtype)._replace(indices=indices), fresh)
+        sort = np.argsort(subset)
+        sample = subset_of(self._padded(subset[sort], np.int32), self.dtype, len(subset))
+        if weights is None:
+            return self.using(sample)
+        return self.using(sample._replace(weights=self._padded(weights[sort], self.dtype)), fresh=True)
+
+    def _padded(self, values: np.ndarray, dtype: Any) -> np.ndarray:
+        """Filled up with zeros to N numbers."""
+        padded = np.zeros(self.examples, dtype)
+        padded[: len(values)] = values
+        return padded
 
     def using(self, whole: Sample, fresh: bool = False) -> "Problem":
         """The same loss on the subset of another problem, its `whole()`."""
@@ -237,13 +251,14 @@ class Problem:
     def evaluate(self, w: Array, uncertain: bool = False) -> Evaluation:
         """Loss, gradient and per-example losses of the subset at w (P,); costs GRADIENT * K.
 
-        uncertain: give the examples' uncertainty as well, for `draw`.
+        uncertain: give the examples' uncertainty and slope as well, for drawing samples.
         """
         sample, static = self.whole(), (self.objective, uncertain)
-        grad, (losses, uncertainty) = self._reduce(_gradient_block, static, _zeros(w), (w, self.constants), sample)
+        grad, each = self._reduce(_gradient_block, static, _zeros(w), (w, self.constants), sample)
+        losses, uncertainty, slope = each
         value = self.driver.total(sample.weights, losses)
         value, grad, norm = _penalised(value, grad, w, self.real(self.l2))
-        return Evaluation(value, grad, norm, losses, uncertainty)
+        return Evaluation(value, grad, norm, losses, uncertainty, slope)
 
     def losses(self, w: Array, sample: Sample) -> Any:
         """Per-example losses (n,) of a sample at w, without l2; costs LOSS * n."""
@@ -276,10 +291,10 @@ class Problem:
         kernel, extra = (_whole_rows_block, ()) if u is None else (_rows_block, (u,))
         return self._reduce(kernel, self.objective, (), (w, self.constants), sample, extra, self._row_block(u))[1]
 
-    def draw(self, key: Array, uncertainty: Any, n: int) -> tuple[Any, Sample]:
-        """Draw n examples of the subset by uncertainty: their positions in the subset, and the sample."""
-        positions, weights = _draw(n, key, uncertainty, self.count)
-        return positions, Sample(self.subset[positions], weights, np.int32(n))
+    def draw(self, key: Array, uncertainty: Any, most: int, n: Any) -> tuple[Any, Sample]:
+        """Draw n of at most so many examples of the subset by uncertainty: positions in the subset, and the sample."""
+        positions, weights = _draw(most, n, key, uncertainty, jnp.asarray(self.weights), self.count)
+        return positions, Sample(self.subset[positions], weights, n)
 
     def _reduce(self, kernel: Kernel, static: Any, sums: Any, shared: Any, sample: Sample, extra: Any = (), size=0):
         data = (self.x, self.y)
@@ -320,9 +335,10 @@ def _gradient_flops(objective: Objective, structure: Any, leaves: tuple[Any, ...
     return float(analysis["flops"]) / x.shape[0]
 
 
-def subset_of(indices: np.ndarray, dtype: np.dtype) -> Sample:
-    """Some examples, equally weighted."""
-    return Sample(indices, np.asarray(1 / max(len(indices), 1), dtype), np.int32(len(indices)))
+def subset_of(indices: np.ndarray, dtype: np.dtype, count: int | None = None) -> Sample:
+    """The first `count` of some examples (None: all of them), equally weighted."""
+    count = len(indices) if count is None else count
+    return Sample(indices, np.asarray(1 / max(count, 1), dtype), np.int32(count))
 
 
 def make_problem(

@@ -78,7 +78,7 @@ class State:
 def start(problem: Problem, w: Array, memory: Any, uncertain: bool = False) -> State:
     """The state before the first step; uncertain: whether the solver's evaluations give it."""
     zero, zeros = np.zeros((), w.dtype), np.zeros(problem.examples, w.dtype)
-    nothing = Evaluation(zero, jnp.zeros_like(w), zero, zeros, zeros if uncertain else None)
+    nothing = Evaluation(zero, jnp.zeros_like(w), zero, zeros, *((zeros, zeros) if uncertain else (None, None)))
     return State(w, False, nothing, int(Status.RUNNING), zero, 0.0, 0, memory)
 
 

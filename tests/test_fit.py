@@ -152,7 +152,7 @@ class NnxNet(nnx.Module):
 def test_nnx_module_fits_and_takes_its_params_back(data):
     model = NnxNet(nnx.Rngs(0))
     before = leaves(nnx.state(model, nnx.Param))
-    result = fit_subset(model, data, max_steps=12, progress=False)
+    result = fit_subset(model, data, max_steps=30, progress=False)
     assert_same_params(before, nnx.state(model, nnx.Param), rtol=0)  # the user's module is left alone
     nnx.update(model, result.params)
     model.eval()

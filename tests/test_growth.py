@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subsetopt import LBFGS, Growth, draw_order, fit_subset, overdetermination_ratio
+from subsetopt.growth import draw_fresh
 
 seeds = st.integers(0, 2**32)
 labels = st.lists(st.integers(1, 40), min_size=1, max_size=8).map(
@@ -128,3 +129,44 @@ def test_fit_follows_the_sizes_and_the_order():
         overdetermination_ratio(row["examples"], 3, 12) for row in result.stages
     ]
     np.testing.assert_array_equal(result.order, draw_order(y, seed=0))
+
+
+@given(n=st.integers(1, 60), seed=seeds, data=st.data())
+def test_a_fresh_subset_holds_no_example_twice(n: int, seed: int, data: st.DataObject):
+    size = data.draw(st.integers(1, n))
+    slopes = np.array(data.draw(st.lists(st.floats(0, 1e6) | st.just(math.nan), min_size=n, max_size=n)))
+    chosen, weights = draw_fresh(slopes, size, 0.8, np.random.default_rng(seed))
+    assert len(set(chosen)) == len(weights) == size
+    assert chosen.max() < n
+    assert np.all((weights > 0.99 / n) & np.isfinite(weights))
+
+
+@pytest.mark.parametrize(
+    ("slopes", "importance"), [(np.full(50, np.nan), 0.8), (np.arange(50.0), 0), (np.zeros(50), 0.8)]
+)
+def test_a_fresh_subset_is_drawn_uniformly_where_nothing_is_known_or_asked(slopes: np.ndarray, importance: float):
+    draws = [draw_fresh(slopes, 10, importance, np.random.default_rng(seed)) for seed in range(2000)]
+    assert all(np.allclose(weights, 1 / 10) for _, weights in draws)
+    times = np.bincount(np.concatenate([chosen for chosen, _ in draws]), minlength=50)
+    np.testing.assert_allclose(times / 2000, 10 / 50, atol=0.05)
+
+
+def test_a_fresh_subset_gives_unbiased_means_with_less_noise_than_a_uniform_one():
+    rng = np.random.default_rng(0)
+    slopes = rng.lognormal(sigma=2, size=300)
+    values = slopes * rng.normal(1, 0.2, 300)
+
+    def means(importance: float) -> np.ndarray:
+        draws = [draw_fresh(slopes, 40, importance, np.random.default_rng(seed)) for seed in range(3000)]
+        return np.array([values[chosen] @ weights for chosen, weights in draws])
+
+    important, uniform = means(0.8), means(0)
+    assert important.mean() == pytest.approx(values.mean(), rel=0.01)
+    assert important.std() < uniform.std() / 3
+
+
+def test_an_example_that_outweighs_the_others_is_in_every_fresh_subset():
+    slopes = np.r_[1e6, np.ones(99)]
+    for seed in range(50):
+        chosen, weights = draw_fresh(slopes, 10, 0.8, np.random.default_rng(seed))
+        assert weights[list(chosen).index(0)] == pytest.approx(1 / 100)

@@ -172,7 +172,9 @@ def test_drawing_by_uncertainty_is_unbiased_and_repeats_no_example_too_often():
     share = 0.1 / 40 + 0.9 * uncertainty[:40] / uncertainty.sum()
     total = np.zeros(150)
     for key in jax.random.split(jax.random.key(0), 200):
-        positions, sample = (jax.tree.map(np.asarray, part) for part in subset.draw(key, uncertainty, 100))
+        positions, sample = (
+            jax.tree.map(np.asarray, part) for part in subset.draw(key, uncertainty, 120, np.int32(100))
+        )
         np.testing.assert_array_equal(sample.indices, subset.subset[positions])
         assert np.all(np.bincount(positions, minlength=40) <= np.ceil(100 * share))
         total += np.bincount(sample.indices, sample.weights, minlength=150) / 200
@@ -189,7 +191,7 @@ def test_draws_survive_rounding_in_the_uncertainties():
         uncertainty = rng.uniform(0, 1, 20_000).astype(np.float32)
         other = uncertainty * (1 + rng.choice([-1e-7, 0, 1e-7], 20_000).astype(np.float32))
         for key in jax.random.split(jax.random.key(0), 5):
-            ours, theirs = (np.asarray(problem.draw(key, u, 3000)[0]) for u in (uncertainty, other))
+            ours, theirs = (np.asarray(problem.draw(key, u, 3000, np.int32(3000))[0]) for u in (uncertainty, other))
             assert np.sum(ours != theirs) <= 2
 
 
@@ -313,7 +315,7 @@ def test_one_undamped_step_solves_linear_least_squares(condition: float, linear_
 def test_all_forms_solve_the_same_system(example: Example, damping: float):
     problem, w, unravel = away_from_start(example)
     problem = problem.on(np.arange(min(10, problem.examples)))
-    recipe = Recipe(rows=None, averaging=0.5, precision="highest", cg_tolerance=1e-12, cg_max_steps=1000)
+    recipe = Recipe(rows=None, share=0.0, averaging=0.5, precision="highest", cg_tolerance=1e-12, cg_max_steps=1000)
     grad, uncertainty = (getattr(problem.evaluate(w, uncertain=True), name) for name in ("grad", "uncertainty"))
     a = dense_curvature(example, w, unravel, problem.whole()) + (damping + example.l2) * np.eye(w.size)
     expected = -np.linalg.solve(a, grad)
@@ -329,7 +331,7 @@ def test_all_forms_solve_the_same_system(example: Example, damping: float):
 def test_sample_space_averages_as_the_matrix_does(averaging: float):
     problem, w, _ = away_from_start(MLP)
     evaluation = problem.evaluate(w, uncertain=True)
-    recipe = Recipe(rows=9, averaging=averaging, precision="highest", cg_tolerance=1e-9, cg_max_steps=100)
+    recipe = Recipe(rows=9, share=0.0, averaging=averaging, precision="highest", cg_tolerance=1e-9, cg_max_steps=100)
     dense, rows = Dense(recipe), SampleSpace(recipe, 4 if averaging else 1, push_through=False)
     matrix, space = dense.empty(problem, w), rows.empty(problem, w)
     for number in range(3):

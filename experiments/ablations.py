@@ -1,0 +1,284 @@
+"""What makes Gauss-Newton on growing subsets cheap: one change from the defaults at a time, three seeds each.
+
+    python -m experiments.ablations                                     everything, hours on 2 cores
+    python -m experiments.ablations --only problem=digits               one problem
+    python -m experiments.ablations --only problem=cifar16,study=rows   one study there
+
+A variant runs to a fixed cost (sample_grads); what counts is the loss of the whole training set there. The spread
+between seeds is as large as many effects: the record holds every seed, the table medians. Every run is a part of its
+own: what is interrupted goes on with the first unfinished one.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import records
+from experiments.problems import PROBLEMS
+from experiments.runs import WHOLE, Options, chosen, columns, linear_algebra_flops, loss_and_accuracy
+from paper_figures import ablations as figure
+from subsetopt import GaussNewton, Progress, fit_subset
+
+SEEDS = (0, 1, 2)
+# Epochs of cost at which losses are compared; the last one ends a run.
+COSTS = {"digits": (4, 8, 12, 16, 20), "cifar16": (2, 3, 4, 6, 8), "mnist14": (2, 3, 4, 5, 6)}
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherDraw(GaussNewton):
+    """Curvature rows and trial examples drawn in another way than by output uncertainty: "uniform" or "slope"."""
+
+    draw: str = "uniform"
+
+    def _best_candidate(self, problem: Any, form: Any, state: Any) -> Any:
+        return super()._best_candidate(problem, form, self._drawing(state))
+
+    def _with_curvature(self, problem: Any, form: Any, state: Any) -> Any:
+        return super()._with_curvature(problem, form, self._drawing(state))
+
+    def _drawing(self, state: Any) -> Any:
+        known = state.evaluation
+        other = jnp.ones_like(known.slope) if self.draw == "uniform" else known.slope
+        return state.replace(evaluation=known._replace(uncertainty=other))
+
+
+@dataclasses.dataclass(frozen=True)
+class GainRatio(GaussNewton):
+    """One candidate a step; damping follows the gain ratio (Nocedal and Wright, Algorithm 4.1) on the trial sample."""
+
+    damping_factors: tuple[float, ...] = (1.0,)
+    momenta: tuple[float, ...] = (0.6,)
+
+    def _best_candidate(self, problem: Any, form: Any, state: Any) -> Any:
+        state, choice = super()._best_candidate(problem, form, state)
+        # A quadratic model's decrease is half of the linear one at its minimum.
+        ratio = choice.difference / (0.5 * jnp.vdot(state.evaluation.grad, choice.move))
+        factor = jnp.where(ratio < 0.25, 2.0, jnp.where(ratio > 0.75, 0.5, 1.0)).astype(choice.damping.dtype)
+        return state, choice._replace(damping=choice.damping * factor)
+
+
+def solver(**changes: Any) -> dict[str, Any]:
+    """Options of a fit with another setting of the solver."""
+    return {"solver": GaussNewton(**changes)}
+
+
+def growth(**changes: Any) -> dict[str, Any]:
+    """Options of a fit with another setting of growth."""
+    return {"growth": dataclasses.replace(GaussNewton.growth, **changes)}
+
+
+STUDIES: dict[str, dict[str, dict[str, Any]]] = {
+    "defaults": {"defaults": {}},
+    "subsets": {
+        "nested subsets": growth(nested=True),
+        "fresh, drawn uniformly": growth(importance=0.0),
+        "fresh, half by slope": growth(importance=0.5),
+        "no subsets: the whole set": {"growth": WHOLE},
+    },
+    "growth": {
+        "from Q = 2": growth(start=2.0),
+        "from Q = 8": growth(start=8.0),
+        "by 1.05 a step": growth(factor=1.05),
+        "by 1.2 a step": growth(factor=1.2),
+        "stages end by the probe": {"until": "representative"} | growth(factor=2.0),
+    },
+    "warm-up": {
+        "no Adam first": {"warmup_epochs": 0},
+        "half an epoch of Adam": {"warmup_epochs": 0.5},
+        "two epochs of Adam": {"warmup_epochs": 2.0},
+    },
+    "rows": {
+        "0.25 rows a parameter": solver(curvature_ratio=0.25),
+        "1 row a parameter": solver(curvature_ratio=1.0),
+        "all rows of every example": solver(curvature_ratio=None),
+    },
+    "draws": {
+        "rows drawn uniformly": {"solver": OtherDraw(draw="uniform")},
+        "rows drawn by slope": {"solver": OtherDraw(draw="slope")},
+    },
+    "averaging": {
+        "no averaging": solver(averaging=0.0),
+        "averaging 0.5": solver(averaging=0.5),
+        "averaging 0.7": solver(averaging=0.7),
+    },
+    "momentum": {
+        "no momentum": solver(momenta=(0.0,)),
+        "momentum 0.6 alone": solver(momenta=(0.6,)),
+        "momentum 0.3, 0.6, 0.9": solver(momenta=(0.3, 0.6, 0.9)),
+    },
+    "candidates": {
+        "gain ratio, one candidate": {"solver": GainRatio()},
+        "three dampings": solver(damping_factors=(0.4, 1.0, 2.5)),
+        "250 trial examples": solver(trial_examples=250),
+        "1,000 trial examples": solver(trial_examples=1000),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Options):
+    """Measure what each part of the method is worth."""
+
+    out: Path = Path("out/ablations")
+    """Folder of figures and finished runs."""
+    only: str | None = None
+    """Run a part: problem=NAME, study=NAME, or both with a comma between them."""
+
+
+def main(arguments: Arguments) -> None:
+    """Run what has no result yet, then print and draw it."""
+    picked = chosen(arguments.only, {"problem": COSTS, "study": STUDIES})
+    for job in [Job(name, arguments) for name in COSTS if picked.get("problem") in (None, name)]:
+        studies = [name for name in STUDIES if picked.get("study") in (None, name)]
+        if arguments.again:
+            job.forget(studies)
+        if arguments.list:
+            job.show()
+            continue
+        for study in studies:
+            job.run(study)
+        if job.complete():
+            record = job.record()
+            print_table(record)
+            for path in figure.draw([record], arguments.out):
+                print(f"figure: {path}")
+
+
+class Job:
+    """One problem: its runs, and the record that they make together."""
+
+    def __init__(self, name: str, arguments: Arguments):
+        self.arguments = arguments
+        self.name = name + ("-smoke" if arguments.smoke else "")
+        self.problem = PROBLEMS[name].tiny() if arguments.smoke else PROBLEMS[name]
+        self.costs = (6, 12) if arguments.smoke else COSTS[name]
+        self.seeds = SEEDS[:1] if arguments.smoke else SEEDS
+        self.folder = arguments.out / "parts" / self.name
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record of the whole job is, or will be."""
+        return self.arguments.results / "ablations" / f"{self.name}.json"
+
+    def path(self, study: str) -> Path:
+        """Where the finished runs of a study are kept."""
+        return self.folder / f"{study}.json"
+
+    def done(self, study: str) -> bool:
+        """Whether a study needs no run."""
+        return self.record_path.exists() or self.path(study).exists()
+
+    def complete(self) -> bool:
+        """Whether nothing is left to run."""
+        return all(map(self.done, STUDIES))
+
+    def show(self) -> None:
+        """Print the state of every study."""
+        for study in STUDIES:
+            print(f"problem={self.name} study={study}: {'done' if self.done(study) else 'to do'}")
+
+    def forget(self, studies: list[str]) -> None:
+        """Remove the record and what these studies have kept."""
+        for path in (self.record_path, *map(self.path, studies)):
+            path.unlink(missing_ok=True)
+
+    def run(self, study: str) -> None:
+        """Run a study, unless it is done."""
+        if self.done(study):
+            print(f"{self.name}, {study}: has a result already (--again runs it anew)")
+            return
+        rows = [row for variant in STUDIES[study] for seed in self.seeds for row in self._run(study, variant, seed)]
+        records.keep(rows, self.path(study))
+
+    def _run(self, study: str, variant: str, seed: int) -> list[dict[str, Any]]:
+        """The rows of one fit: costs, and the loss of the whole training set, after each step."""
+        print(f"{self.name}: {variant}, seed {seed}", flush=True)
+        rows, most = [], self.costs[-1] * self.problem.price.examples
+
+        def keep(progress: Progress) -> bool:
+            cost = {"sample_grads": progress.sample_grads, "seconds": progress.seconds}
+            rows.append(cost | {"examples": progress.examples, "params": progress.params})
+            return progress.sample_grads > most
+
+        options = {"seed": seed, "max_steps": 10_000, "progress": False} | STUDIES[study][variant]
+        fit_subset(self.problem.network, self.problem.train, callback=keep, **options)
+        method, extra = options.get("solver", GaussNewton()), 0.0
+        for row in rows:
+            extra += linear_algebra_flops(method, self.problem.parameters, row["examples"])
+            operations = self.problem.price.of(row["sample_grads"], row["seconds"], extra)["flops"]
+            loss, _ = loss_and_accuracy(self.problem.network, row.pop("params"), self.problem.train)
+            row |= {"flops": operations, "full_loss": loss if math.isfinite(loss) else None}
+        return [{"variant": variant, "seed": seed} | row for row in rows]
+
+    def record(self) -> dict[str, Any]:
+        """The problem's record, put together from its parts the first time."""
+        if not self.record_path.exists():
+            rows = {study: json.loads(self.path(study).read_text()) for study in STUDIES}
+            curves = {study: columns(found) for study, found in rows.items()}
+            final = {study: self._summary(study, found) for study, found in rows.items()}
+            made = records.new("ablations", self.name, self.config(), curves, final)
+            records.write(made, self.arguments.results)
+        print(f"record: {self.record_path}")
+        return records.read(self.record_path)
+
+    def _summary(self, study: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Losses at the common costs: by variant, then one list a seed, and their medians."""
+        result = {}
+        for variant in STUDIES[study]:
+            runs = [[row for row in rows if row["variant"] == variant and row["seed"] == seed] for seed in self.seeds]
+            losses = [loss_at(run, [cost * self.problem.price.examples for cost in self.costs]) for run in runs]
+            result[variant] = {"losses": losses, "median": [median(at) for at in zip(*losses, strict=True)]}
+        return result
+
+    def config(self) -> dict[str, Any]:
+        """What the result depends on, in full."""
+        sizes = {"parameters": self.problem.parameters, "network": repr(self.problem.network)}
+        studies = {name: {v: repr(options) for v, options in variants.items()} for name, variants in STUDIES.items()}
+        defaults = {"solver": repr(GaussNewton()), "growth": repr(GaussNewton.growth)}
+        return (
+            dataclasses.asdict(self.problem)
+            | sizes
+            | {"epochs": self.costs, "seeds": self.seeds, "studies": studies, "defaults": defaults}
+        )
+
+
+def loss_at(run: list[dict[str, Any]], costs: list[float]) -> list[float | None]:
+    """The loss at given sample_grads, its logarithm linear between two steps; None before the first, or not finite."""
+    known = [row for row in run if row["full_loss"]]
+    spent, losses = [row["sample_grads"] for row in known], [math.log(row["full_loss"]) for row in known]
+    # A run that ended before, at its minimum, stays there.
+    return [float(np.exp(np.interp(cost, spent, losses))) if spent and cost >= spent[0] else None for cost in costs]
+
+
+def median(values: tuple[float | None, ...]) -> float | None:
+    """None counts as infinite."""
+    value = statistics.median(math.inf if value is None else value for value in values)
+    return value if math.isfinite(value) else None
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """A row a variant: the median loss at each cost."""
+    title = f"{record['name']}: loss of the whole training set after so many epochs of cost, medians"
+    table = Table(title=title, title_justify="left")
+    table.add_column("variant")
+    for epochs in record["config"]["epochs"]:
+        table.add_column(str(epochs), justify="right")
+    for variants in record["final"].values():
+        for name, found in variants.items():
+            table.add_row(name, *("-" if loss is None else f"{loss:.4g}" for loss in found["median"]))
+        table.add_section()
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,679 @@
+"""What it costs to reach a training loss: Gauss-Newton on growing subsets, beside first-order training tuned for it.
+
+    python -m experiments.cost_to_loss                                     everything, days on 2 cores
+    python -m experiments.cost_to_loss --only problem=digits               one problem
+    python -m experiments.cost_to_loss --only problem=cifar16,method=adam  one method there
+
+A target is the loss that Adam ends with at a budget of epochs, its rate and batch size tuned for that budget: the
+least that a user who knows the budget beforehand has to pay for this loss. Every run is a part of its own: what is
+interrupted goes on with the first unfinished one. The methods:
+
+    gauss_newton           fit_subset and every default of the package, snapshots along the way
+    lbfgs                  the same with the other solver
+    gauss_newton_finetune  Gauss-Newton up to half of the training set, then Adam on all of it, its rate tuned
+    paper                  a subset of four constraints a parameter by Adam at 1e-3, then the whole set
+    adam, sgd              cosine decay to zero over each budget, rate and batch size tuned for it
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import records
+from experiments.problems import PROBLEMS, Problem
+from experiments.runs import (
+    OPTIMIZERS,
+    Options,
+    adam,
+    chosen,
+    columns,
+    first_order,
+    linear_algebra_flops,
+    loss_and_accuracy,
+)
+from paper_figures import cost_to_loss as figure
+from subsetopt import (
+    LBFGS,
+    FinetuneResult,
+    GaussNewton,
+    Progress,
+    draw_order,
+    finetune,
+    fit_subset,
+    overdetermination_ratio,
+)
+
+SOLVERS = {"gauss_newton": GaussNewton(), "lbfgs": LBFGS()}
+SNAPSHOTS = {"gauss_newton": 1, "lbfgs": 10}  # steps from one to the next
+OURS = (*SOLVERS, "gauss_newton_finetune")
+METHODS = (*OURS, "paper", *OPTIMIZERS)
+BATCHES = (128, 512)
+RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # those that are tried
+FEW_EPOCHS = 30  # below it Adam wants larger rates
+FINETUNE_RATES = (3e-4, 1e-3, 3e-3)
+PAPER_RATIO, PAPER_RATE, PAPER_BATCH, PAPER_MOST = (4, 1e-3, 512, 100)  # most: the subset's share of cost, in epochs
+SLICE_STEPS, SLICES_EVERY = (12, 4)  # steps of first-order training timed at least, and fit steps between two timings
+COSTS = ("sample_grads", "flops", "seconds")
+MEASURED = ("full_loss", "test_loss", "test_accuracy")
+DIVERGED = 100.0  # a loss above it; guessing costs log(10)
+SMALLEST = 1e-12  # a loss below it is float32's zero, which has no logarithm
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How a problem is run.
+
+    budgets: epochs of first-order runs. untuned: those that take rate and batch size of the next smaller budget.
+    longest_sgd: the last budget at which SGD is run as well.
+    fit_epochs, lbfgs_epochs: cost at which a fit ends. max_steps: of a fit, beyond what it needs. batch_sizes: tried.
+    rates: how many are tried at first. extensions: how many more at most, while the best is at an edge.
+    finetune_epochs: of runs after a fit. paper_epochs: passes over the subset. paper_whole: over the whole set, at
+    each a snapshot.
+    """
+
+    budgets: tuple[int, ...]
+    untuned: tuple[int, ...] = ()
+    longest_sgd: int = 1000
+    fit_epochs: float = 40
+    lbfgs_epochs: float = 60
+    max_steps: int = 10_000
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch_sizes: tuple[int, ...] = BATCHES
+    rates: int = 4
+    extensions: int = 3
+    finetune_epochs: tuple[int, ...] = (3, 10)
+    paper_epochs: int = 1000
+    paper_whole: tuple[int, ...] = (10, 30)
+
+    def tiny(self) -> "Setting":
+        """So short that all of it takes seconds."""
+        runs: Row = {"budgets": (1, 2), "untuned": (2,), "seeds": (0, 1), "max_steps": 5, "finetune_epochs": (1,)}
+        tuning: Row = {"batch_sizes": (128,), "rates": 2, "extensions": 0}
+        return dataclasses.replace(self, **runs, **tuning, paper_epochs=2, paper_whole=(1, 2))
+
+
+SETTINGS = {
+    "digits": Setting((3, 10, 30, 100, 300, 1000), fit_epochs=100, lbfgs_epochs=100),
+    "mnist14": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30, fit_epochs=12, lbfgs_epochs=40),
+    "mnist28": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30, fit_epochs=12, lbfgs_epochs=40),
+    "cifar16": Setting((3, 10, 30, 100, 300, 1000), untuned=(1000,), longest_sgd=100, fit_epochs=35),
+    "cifar32-4k": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30),
+    "cifar32": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Options):
+    """Measure what it costs to reach the losses of tuned first-order training."""
+
+    out: Path = Path("out/cost_to_loss")
+    """Folder of figures and finished runs."""
+    only: str | None = None
+    """Run a part: problem=NAME, method=NAME, or both with a comma between them."""
+
+
+def main(arguments: Arguments) -> None:
+    """Run what has no result yet, then print and draw it."""
+    picked = chosen(arguments.only, {"problem": SETTINGS, "method": METHODS})
+    made = []
+    for job in [Job(name, arguments) for name in SETTINGS if picked.get("problem") in (None, name)]:
+        if arguments.list:
+            job.show()
+            continue
+        methods = [name for name in METHODS if picked.get("method") in (None, name)]
+        if arguments.again:
+            job.forget(methods)
+        for method in methods:
+            job.run(method)
+        if job.complete():
+            made.append(job.record())
+            print_table(made[-1])
+    if made:
+        for path in figure.draw(made, arguments.out):
+            print(f"figure: {path}")
+
+
+def measured(problem: Problem, params: Any) -> Row:
+    """Losses and accuracy of parameters; never part of a cost."""
+    full, _ = loss_and_accuracy(problem.network, params, problem.train)
+    test, accuracy = loss_and_accuracy(problem.network, params, problem.test)
+    return {"full_loss": finite(full), "test_loss": finite(test), "test_accuracy": accuracy}
+
+
+def finite(value: float) -> float | None:
+    """None for what a record cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+# --- first-order training ------------------------------------------------------------------------------------------
+
+
+def ladder(method: str, epochs: int) -> tuple[float, ...]:
+    """The rates that are tried first; few steps want larger ones."""
+    if method == "sgd":
+        return (0.05, 0.1, 0.2, 0.5)
+    return (5e-3, 1e-2, 2e-2, 5e-2) if epochs < FEW_EPOCHS else (2e-3, 5e-3, 1e-2, 2e-2)
+
+
+def tried(run: Callable[[float], Row], rates: Sequence[float], extensions: int) -> list[Row]:
+    """A run at each rate, and at further ones as long as the best is at an edge."""
+    rows = [run(rate) for rate in rates]
+    for _ in range(extensions):
+        best = lowest(rows)["rate"]
+        if best == rows[0]["rate"]:
+            rows = [run(RATES[RATES.index(best) - 1]), *rows]
+        elif best == rows[-1]["rate"]:
+            rows = [*rows, run(RATES[RATES.index(best) + 1])]
+    return rows
+
+
+def lowest(rows: Sequence[Row]) -> Row:
+    """The run that ended with the lowest loss; one that diverged has none."""
+    return min(rows, key=lambda row: math.inf if row["full_loss"] is None else row["full_loss"])
+
+
+def outcome(problem: Problem, result: FinetuneResult) -> Row:
+    """What a run reached; null where it diverged, for a record holds no NaN and such a loss says nothing."""
+    found = measured(problem, result.params)
+    # Without success these are the last finite parameters, not those of the end.
+    fine = result.success and found["full_loss"] is not None and found["full_loss"] < DIVERGED
+    return found if fine else dict.fromkeys(MEASURED)
+
+
+def trained(problem: Problem, choice: Row) -> Row:
+    """One run of first-order training, from the start that its seed gives."""
+    names = ("method", "rate", "budget_epochs", "seed", "batch_size")
+    result = first_order(problem.network, problem.train, None, *(choice[name] for name in names))
+    cost = {"sample_grads": result.sample_grads, "seconds": result.seconds}
+    return choice | outcome(problem, result) | cost
+
+
+# --- fits ----------------------------------------------------------------------------------------------------------
+
+
+class Compiling:
+    """Seconds that JAX spends tracing and compiling, which a fit's clock leaves out by itself."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+        self.seconds += duration_secs if event.startswith("/jax/core/compile/") else 0.0
+
+
+COMPILING = Compiling()
+
+
+class Slices:
+    """About a tenth of an epoch of first-order training, timed again and again while a fit runs.
+
+    So both meet the same machine, which a grid of runs that takes a night does not.
+    """
+
+    def __init__(self, problem: Problem):
+        self.problem, self.kinds = problem, list(itertools.product(OPTIMIZERS, BATCHES))
+        self.seconds: dict[str, list[float]] = {f"{name}-{batch_size}": [] for name, batch_size in self.kinds}
+        self.add()  # compiles
+        for values in self.seconds.values():
+            values.clear()
+
+    def add(self) -> None:
+        """Time one slice of each kind, outside of the precision and device of a fit, for which all is compiled anew."""
+        with jax.default_matmul_precision(None), jax.default_device(None):
+            for kind in self.kinds:
+                self._slice(*kind)
+
+    def _slice(self, optimizer: str, batch_size: int) -> None:
+        x, y = self.problem.train
+        epoch = -(-len(x) // batch_size)
+        # Not fewer than 12 steps, unless they are a whole epoch: finetune does a little once an epoch, too.
+        examples = batch_size * min(epoch, max(SLICE_STEPS, epoch // 10))
+        data = x[:examples], y[:examples]
+        result = first_order(self.problem.network, data, None, optimizer, 1e-3, 1, 0, batch_size)
+        self.seconds[f"{optimizer}-{batch_size}"].append(result.seconds / result.n_steps * epoch)
+
+    def per_epoch(self) -> dict[str, float]:
+        """Median seconds of an epoch, by optimizer and batch size."""
+        return {name: statistics.median(values) for name, values in self.seconds.items() if values}
+
+
+class Watch:
+    """A fit's callback: keeps snapshots with their costs and ends the fit at `most` sample_grads.
+
+    Its own time, that of slices above all, is none of the fit's.
+    """
+
+    def __init__(self, every: int, most: float, slices: Slices | None = None):
+        self.every, self.most, self.slices = every, most, slices
+        self.rows: list[Row] = []
+        self.last: Row = {}
+        self.examples: list[int] = []  # of each step
+        self._own = 0.0
+
+    def __call__(self, progress: Progress) -> bool:
+        begun = time.perf_counter() - COMPILING.seconds
+        self.examples.append(progress.examples)
+        cost = {"sample_grads": progress.sample_grads, "seconds": progress.seconds - self._own}
+        self.last = {"step": progress.step, "examples": progress.examples} | cost | {"params": progress.params}
+        if progress.step % self.every == 0:
+            self.rows.append(self.last)
+        if self.slices is not None and progress.step % SLICES_EVERY == 0:
+            self.slices.add()
+        self._own += time.perf_counter() - COMPILING.seconds - begun
+        return progress.sample_grads > self.most
+
+    def snapshots(self) -> list[Row]:
+        """The rows, the end among them."""
+        return self.rows if self.rows and self.rows[-1] is self.last else [*self.rows, self.last]
+
+
+def fitted(problem: Problem, setting: Setting, method: str, seed: int) -> Row:
+    """A fit with the package's defaults, and what an epoch of first-order training took meanwhile."""
+    epochs = setting.lbfgs_epochs if method == "lbfgs" else setting.fit_epochs
+    slices = Slices(problem) if method == "gauss_newton" else None
+    watch, solver = Watch(SNAPSHOTS[method], epochs * problem.price.examples, slices), SOLVERS[method]
+    options: Any = {"solver": solver, "seed": seed, "max_steps": setting.max_steps, "progress": False}
+    fit = fit_subset(problem.network, problem.train, callback=watch, **options)
+    rows = []
+    for row in watch.snapshots():
+        reached = measured(problem, row.pop("params"))
+        rows.append({"seed": seed} | with_flops(problem, solver, row, watch.examples) | reached)
+    part = {"seed": seed, "status": fit.status.name, "compile_seconds": fit.compile_seconds, "rows": rows}
+    return part | {"seconds_per_epoch": slices.per_epoch() if slices else {}}
+
+
+def with_flops(problem: Problem, solver: Any, row: Row, examples: Sequence[int]) -> Row:
+    """A snapshot of a fit with its operations, the solver's own algebra on the examples of each step included."""
+    extra = sum(linear_algebra_flops(solver, problem.parameters, n) for n in examples[: row["step"]])
+    return row | {"flops": problem.price.of(row["sample_grads"], 0.0, extra)["flops"]}
+
+
+def fine_tuned(problem: Problem, setting: Setting, seed: int, rates: dict[int, Sequence[float]]) -> list[Row]:
+    """Gauss-Newton up to half of the training set, then Adam on all of it: rates to try for each number of epochs."""
+    solver, n = GaussNewton(), len(problem.train[0])
+    ratio = overdetermination_ratio(n // 2, problem.network.classes, problem.parameters)
+    growth = dataclasses.replace(GaussNewton.growth, stop=max(ratio, GaussNewton.growth.start))
+    watch = Watch(1, math.inf)
+
+    def at_half(progress: Progress) -> bool:
+        """The last stage would go on to its minimum, which the next step leaves."""
+        return watch(progress) or progress.examples >= n // 2
+
+    options: Any = {"growth": growth, "seed": seed, "max_steps": setting.max_steps, "progress": False}
+    fit = fit_subset(problem.network, problem.train, solver=solver, callback=at_half, **options)
+    cost = {f"fit_{key}": with_flops(problem, solver, watch.last, watch.examples)[key] for key in COSTS}
+    rows = []
+    for epochs, rate in [(epochs, rate) for epochs, values in rates.items() for rate in values]:
+        result = adam(problem.network, problem.train, fit.params, rate, epochs, seed)
+        choice = {"method": "gauss_newton_finetune", "budget_epochs": epochs, "rate": rate, "seed": seed}
+        rows.append(choice | cost | outcome(problem, result))
+    return rows
+
+
+def paper(problem: Problem, setting: Setting, seed: int) -> list[Row]:
+    """The paper's recipe: Adam at a fixed rate on a nested subset, then on the whole set."""
+    x, y = problem.train
+    size = min(len(x), math.ceil(PAPER_RATIO * problem.parameters / problem.network.classes))
+    subset, epochs = draw_order(y, seed)[:size], min(setting.paper_epochs, PAPER_MOST * len(x) // size)
+    options: Any = {"optimizer": optax.adam(PAPER_RATE), "batch_size": PAPER_BATCH, "seed": seed, "progress": False}
+    first = finetune(problem.network, (x[subset], y[subset]), epochs=epochs, **options)
+    rows: list[Row] = []
+
+    def keep(epoch: int, cost: float, params: Any) -> None:
+        rows.append({"seed": seed, "whole_epochs": epoch, "sample_grads": cost} | measured(problem, params))
+
+    def snapshot(progress: Progress) -> None:
+        epoch = round(progress.sample_grads / len(x))
+        if epoch in setting.paper_whole:
+            keep(epoch, first.sample_grads + progress.sample_grads, progress.params)
+
+    keep(0, first.sample_grads, first.params)
+    epochs = setting.paper_whole[-1]
+    finetune(problem.network, problem.train, first.params, epochs=epochs, callback=snapshot, **options)
+    return rows
+
+
+# --- the job -------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """One problem: its runs, and the record that they make together."""
+
+    def __init__(self, name: str, arguments: Arguments):
+        self.arguments, self.plain_name, smoke = arguments, name, arguments.smoke
+        self.name = name + ("-smoke" if smoke else "")
+        self.setting = SETTINGS[name].tiny() if smoke else SETTINGS[name]
+        self.problem = PROBLEMS[name].tiny() if smoke else PROBLEMS[name]
+        self.folder = arguments.out / "parts" / self.name
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record of the whole job is, or will be."""
+        return self.arguments.results / "cost_to_loss" / f"{self.name}.json"
+
+    def path(self, part: str) -> Path:
+        """Where a finished part is kept: a method as a whole, or one run of it."""
+        return self.folder / f"{part}.json"
+
+    def finished(self) -> bool:
+        """Whether the record of the whole job is there."""
+        return self.record_path.exists()
+
+    def done(self, method: str) -> bool:
+        """Whether a method needs no run."""
+        return self.finished() or self.path(method).exists()
+
+    def complete(self) -> bool:
+        """Whether nothing is left to run."""
+        return all(map(self.done, METHODS))
+
+    def show(self) -> None:
+        """Print the state of every method."""
+        for method in METHODS:
+            runs = len(list((self.folder / method).glob("*.json")))
+            print(f"problem={self.name} method={method}: {'done' if self.done(method) else 'to do'}, {runs} runs kept")
+
+    def forget(self, methods: list[str]) -> None:
+        """Remove the record and what these methods have kept."""
+        self.record_path.unlink(missing_ok=True)
+        for method in methods:
+            self.path(method).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / method, ignore_errors=True)
+
+    def run(self, method: str) -> None:
+        """Run one method, unless it is done."""
+        if self.done(method):
+            print(f"{self.name}, {method}: has a result already (--again runs it anew)")
+            return
+        records.keep(self._measure(method), self.path(method))
+
+    def _measure(self, method: str) -> list[Row]:
+        if method in OPTIMIZERS:
+            return self._first_order(method)
+        if method == "gauss_newton_finetune":
+            return self._fine_tuned()
+        setting = self.setting
+        if method == "paper":
+            runs = [self._kept(f"paper/seed={seed}", paper, self.problem, setting, seed) for seed in setting.seeds]
+            return [row for run in runs for row in run]
+        arguments = [(self.problem, setting, method, seed) for seed in setting.seeds]
+        return [self._kept(f"{method}/seed={of[-1]}", fitted, *of) for of in arguments]
+
+    def _kept(self, part: str, measure: Callable[..., Any], *arguments: Any) -> Any:
+        """What a run gave, now or when it was run."""
+        path = self.path(part)
+        if not path.exists():
+            print(f"{self.name}: {part}", flush=True)
+            records.keep(measure(*arguments), path)
+        return json.loads(path.read_text())
+
+    def _first_order(self, method: str) -> list[Row]:
+        """All runs: those that tune, on the first seed, and the winner of each budget on the others."""
+        rows: list[Row] = []
+        batch_size, rate = 0, 0.0
+        first, *others = self.setting.seeds
+        longest = self.setting.longest_sgd if method == "sgd" else math.inf
+        for epochs in [epochs for epochs in self.setting.budgets if epochs <= longest]:
+            if epochs in self.setting.untuned:
+                rows.append(self._single(method, epochs, batch_size, first, rate))
+            else:
+                tuning = self._tuning(method, epochs)
+                batch_size, rate = (lowest(tuning)[key] for key in ("batch_size", "rate"))
+                rows += tuning
+            rows += [self._single(method, epochs, batch_size, seed, rate) for seed in others]
+        return rows
+
+    def _tuning(self, method: str, epochs: int) -> list[Row]:
+        setting, rows = self.setting, []
+        for batch_size in setting.batch_sizes:
+            run = functools.partial(self._single, method, epochs, batch_size, setting.seeds[0])
+            rows += tried(run, ladder(method, epochs)[: setting.rates], setting.extensions)
+        return rows
+
+    def _single(self, method: str, epochs: int, batch_size: int, seed: int, rate: float) -> Row:
+        choice = {"method": method, "budget_epochs": epochs, "batch_size": batch_size, "rate": rate, "seed": seed}
+        part = f"{method}/epochs={epochs},batch={batch_size},rate={rate:g},seed={seed}"
+        return self._kept(part, trained, self.problem, choice)
+
+    def _fine_tuned(self) -> list[Row]:
+        """All runs: every rate on the first seed, the best one for each number of epochs on the others."""
+        first, *others = self.setting.seeds
+        rates: dict[int, Sequence[float]] = dict.fromkeys(self.setting.finetune_epochs, FINETUNE_RATES)
+        rows = self._fine_tuned_once(first, rates)
+        rates = {epochs: (lowest(of_budget(rows, epochs))["rate"],) for epochs in rates}
+        return rows + [row for seed in others for row in self._fine_tuned_once(seed, rates)]
+
+    def _fine_tuned_once(self, seed: int, rates: dict[int, Sequence[float]]) -> list[Row]:
+        return self._kept(f"gauss_newton_finetune/seed={seed}", fine_tuned, self.problem, self.setting, seed, rates)
+
+    # --- the record ------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """The problem's record, put together from its parts the first time."""
+        if not self.finished():
+            parts = {method: json.loads(self.path(method).read_text()) for method in METHODS}
+            per_epoch = seconds_per_epoch(parts["gauss_newton"])
+            rows = Pricing(self.problem, per_epoch).rows(parts)
+            final = summary(rows, self.setting.budgets) | {"seconds_per_epoch": per_epoch}
+            final |= {"status": {name: [part["status"] for part in parts[name]] for name in SOLVERS}}
+            curves = {method: columns(rows[method]) for method in METHODS}
+            made = records.new("cost_to_loss", self.name, self.config(), curves, final)
+            records.write(made, self.arguments.results)
+        print(f"record: {self.record_path}")
+        return records.read(self.record_path)
+
+    def config(self) -> dict[str, Any]:
+        """What the result depends on, in full."""
+        problem, setting = self.problem, self.setting
+        shape, outputs = problem.train[0].shape[1:], problem.network.classes
+        ratio = overdetermination_ratio(problem.price.examples, outputs, problem.parameters)
+        sizes = {"examples": problem.price.examples, "shape": shape, "parameters": problem.parameters, "ratio": ratio}
+        ladders = {
+            name: {str(epochs): ladder(name, epochs)[: setting.rates] for epochs in setting.budgets}
+            for name in OPTIMIZERS
+        }
+        recipe = {"ratio": PAPER_RATIO, "rate": PAPER_RATE, "batch_size": PAPER_BATCH, "subset_most_epochs": PAPER_MOST}
+        solvers = {name: repr(solver) for name, solver in SOLVERS.items()}
+        growth = {name: repr(solver.growth) for name, solver in SOLVERS.items()}
+        return {"problem": self.plain_name, **dataclasses.asdict(problem), "network": repr(problem.network)} | {
+            **sizes,
+            **dataclasses.asdict(setting),
+            "ladders": ladders,
+            "finetune_rates": FINETUNE_RATES,
+            "paper": recipe,
+            "solvers": solvers,
+            "growth": growth,
+        }
+
+
+# --- prices --------------------------------------------------------------------------------------------------------
+
+
+def seconds_per_epoch(fits: Sequence[Row]) -> dict[str, float]:
+    """Median over the fits, by optimizer and batch size."""
+    found = [fit["seconds_per_epoch"] for fit in fits]
+    return {name: statistics.median(seconds[name] for seconds in found) for name in found[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pricing:
+    """Rows of all methods with the three costs; first-order training at the seconds that it took beside the fits."""
+
+    problem: Problem
+    per_epoch: dict[str, float]
+
+    def rows(self, parts: dict[str, Any]) -> dict[str, list[Row]]:
+        """By method."""
+        rows = {method: [row for fit in parts[method] for row in fit["rows"]] for method in SOLVERS}
+        rows["gauss_newton_finetune"] = [self._fine_tuned(row) for row in parts["gauss_newton_finetune"]]
+        rows["paper"] = [row | self._cost(row["sample_grads"], f"adam-{PAPER_BATCH}") for row in parts["paper"]]
+        return rows | {name: [self._first_order(row) for row in parts[name]] for name in OPTIMIZERS}
+
+    def _cost(self, sample_grads: float, kind: str) -> Row:
+        price = self.problem.price
+        seconds = sample_grads / price.examples * self.per_epoch[kind]
+        return {"sample_grads": sample_grads, "seconds": seconds, "flops": price.of(sample_grads, seconds)["flops"]}
+
+    def _first_order(self, row: Row) -> Row:
+        """At its whole budget, also where it diverged."""
+        kind = f"{row['method']}-{row['batch_size']}"
+        cost = self._cost(row["budget_epochs"] * self.problem.price.examples, kind)
+        return row | {"own_seconds": row["seconds"]} | cost
+
+    def _fine_tuned(self, row: Row) -> Row:
+        cost = self._cost(row["budget_epochs"] * self.problem.price.examples, "adam-128")
+        return row | {key: row[f"fit_{key}"] + cost[key] for key in COSTS}
+
+
+# --- what came out -------------------------------------------------------------------------------------------------
+
+
+def of_budget(rows: Sequence[Row], epochs: int) -> list[Row]:
+    return [row for row in rows if row["budget_epochs"] == epochs]
+
+
+def summary(rows: dict[str, list[Row]], budgets: Sequence[int]) -> dict[str, Any]:
+    """For each budget: what Adam reached, and what it cost the others; then from which budget on they cost less."""
+    targets: dict[str, Any] = {}
+    for epochs in budgets:
+        mine = tuned(rows["adam"], epochs)
+        if mine["loss"] is not None:  # else it diverged: no target
+            races = {name: race(rows[name], mine) for name in (*OURS, "paper")}
+            sgd = {"sgd": tuned(rows["sgd"], epochs)} if of_budget(rows["sgd"], epochs) else {}
+            targets[str(epochs)] = {"adam": mine} | sgd | races
+    return {"targets": targets, "break_even": {name: break_evens(targets, name) for name in OURS}}
+
+
+def tuned(rows: Sequence[Row], epochs: int) -> Row:
+    """The winner of a budget on the first seed, over all seeds: losses, accuracy and cost."""
+    rows = of_budget(rows, epochs)
+    first = [row for row in rows if row["seed"] == rows[0]["seed"]]
+    choice = {key: lowest(first)[key] for key in ("rate", "batch_size")}
+    runs = [row for row in rows if all(row[key] == value for key, value in choice.items())]
+    losses = [row["full_loss"] for row in runs]
+    tests = {key: median([row[key] for row in runs]) for key in ("test_loss", "test_accuracy")}
+    cost = {key: runs[0][key] for key in COSTS}
+    return {"budget_epochs": epochs, "loss": median(losses), "losses": losses} | choice | tests | cost
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """A missing value counts as infinite: never reached, or diverged."""
+    return finite(statistics.median(math.inf if value is None else value for value in values))
+
+
+def race(rows: Sequence[Row], adam: Row) -> Row:
+    """When a method first has Adam's loss, by seed: costs, and Adam's costs over them."""
+    found = [cheapest([row for row in rows if row["seed"] == seed], adam["loss"]) for seed in seeds_of(rows)]
+    result: Row = {}
+    for key in (*COSTS, "test_loss", "test_accuracy"):
+        values = [None if point is None else point[key] for point in found]
+        result[key] = {"by_seed": values, "median": median(values)}
+    for key in COSTS:
+        costs = [*result[key]["by_seed"], result[key]["median"]]
+        *ratios, middle = [None if cost is None else adam[key] / cost for cost in costs]
+        result[f"{key}_ratio"] = {"by_seed": ratios, "median": middle}
+    return result
+
+
+def seeds_of(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["seed"] for row in rows})
+
+
+def cheapest(rows: Sequence[Row], target: float) -> Row | None:
+    """Where a seed first has the loss; each fine-tuning is a run of its own, the other rows are one run's snapshots."""
+    runs = [[row] for row in rows] if "budget_epochs" in rows[0] else [rows]
+    found = [point for run in runs if (point := reached(run, target)) is not None]
+    return min(found, key=lambda point: point["sample_grads"], default=None)
+
+
+def reached(run: Sequence[Row], target: float) -> Row | None:
+    """The point at which a run first has the loss; between two snapshots its logarithm is taken to be linear."""
+    place = next((i for i, row in enumerate(run) if row["full_loss"] is not None and row["full_loss"] <= target), None)
+    if place is None:
+        return None
+    keys, after, share = (*COSTS, "test_loss", "test_accuracy"), run[place], 1.0
+    before = run[max(place - 1, 0)]
+    if place > 0 and before["full_loss"] is not None:
+        start, goal, end = (math.log(max(x, SMALLEST)) for x in (before["full_loss"], target, after["full_loss"]))
+        share = (start - goal) / (start - end) if start > end else 1.0
+    return {key: after[key] if share == 1.0 else before[key] + share * (after[key] - before[key]) for key in keys}
+
+
+def break_evens(targets: dict[str, Any], method: str) -> dict[str, float | None]:
+    """For each cost, the budget from which the method costs no more than Adam."""
+    found = {}
+    for key in COSTS:
+        ratios = {int(epochs): target[method][f"{key}_ratio"]["median"] for epochs, target in targets.items()}
+        found[key] = break_even(ratios)
+    return found
+
+
+def break_even(ratios: dict[int, float | None]) -> float | None:
+    """The smallest budget from which the ratio stays at 1 or above, interpolated in logarithms; None: there is none."""
+    budgets = sorted(ratios)
+    behind = [i for i, budget in enumerate(budgets) if (ratios[budget] or 0) < 1]
+    if not behind:
+        return budgets[0] if budgets else None
+    if behind[-1] == len(budgets) - 1:
+        return None
+    low, high = budgets[behind[-1] : behind[-1] + 2]
+    below, above = ratios[low], ratios[high]
+    if not below or not above:  # the loss of the smaller budget is never reached
+        return high
+    share = -math.log(below) / math.log(above / below)
+    return low * (high / low) ** share
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """A row a budget of Adam's; ratios are Adam's costs over those of the method."""
+    config, final = record["config"], record["final"]
+    sizes = f"{config['examples']:,} examples, P = {config['parameters']:,}, Q = {config['ratio']:.3g}"
+    caption = "ours: Adam's cost over ours at Adam's loss, in sample_grads/FLOPs/seconds; above 1 ours costs less"
+    table = Table(title=f"{record['name']}: {sizes}", title_justify="left", caption=caption, caption_justify="left")
+    headings = ("epochs", "rate, batch", "Adam's loss", "test", "Gauss-Newton", "L-BFGS", "+ fine-tuning", "SGD's loss")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for epochs, target in final["targets"].items():
+        adam, ratios = target["adam"], [_ratios(target[name]) for name in OURS]
+        choice, accuracy = f"{adam['rate']:g}, {adam['batch_size']}", f"{adam['test_accuracy']:.2%}"
+        spread = f"{adam['loss']:.4g} ({_range(adam['losses'])})"
+        table.add_row(epochs, choice, spread, accuracy, *ratios, _number(target.get("sgd", {}).get("loss")))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for name in OURS:
+        budgets = (f"{_number(epochs)} ({cost})" for cost, epochs in final["break_even"][name].items())
+        print(f"{name} costs no more from this budget of Adam's on: {', '.join(budgets)}")
+
+
+def _range(losses: Sequence[float | None]) -> str:
+    """Over the seeds that did not diverge."""
+    found = [loss for loss in losses if loss is not None]
+    return f"{min(found):.3g}-{max(found):.3g}"
+
+
+def _ratios(race: Row) -> str:
+    return "/".join(_number(race[f"{key}_ratio"]["median"], 2) for key in COSTS)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,60 @@
+"""The ablation study, on a few examples; and what it says of made-up runs."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from experiments import ablations
+from experiments.records import read
+
+CHANGES = ("warm-up", "draws", "candidates")
+
+
+@pytest.fixture
+def few_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The defaults and a change of each kind: the start, the drawing of rows, the choice of a step."""
+    kept = {name: dict(list(ablations.STUDIES[name].items())[:1]) for name in ("defaults", *CHANGES)}
+    monkeypatch.setattr(ablations, "STUDIES", kept)
+
+
+def test_each_study_is_kept_and_the_record_is_made_once(
+    few_studies: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ablations.Arguments(
+        only="problem=digits,study=defaults", smoke=True, out=tmp_path / "out", results=tmp_path / "results"
+    )
+    ablations.main(arguments)
+    assert not list(arguments.results.glob("**/*.json"))
+    ablations.main(dataclasses.replace(arguments, only="problem=digits"))
+    assert "defaults: has a result already" in capsys.readouterr().out
+    record = read(arguments.results / "ablations" / "digits-smoke.json")
+    assert {name for variants in record["final"].values() for name in variants} == {
+        "defaults",
+        "no Adam first",
+        "rows drawn uniformly",
+        "gain ratio, one candidate",
+    }
+    ends = [found["median"][-1] for variants in record["final"].values() for found in variants.values()]
+    assert all(0 < loss < math.log(10) + 0.5 for loss in ends)
+    assert len(set(ends)) == len(ends)  # every change changes something
+    assert {path.suffix for path in arguments.out.glob("ablations-digits-smoke.*")} == {".pdf", ".png"}
+
+
+def test_losses_at_equal_cost_are_interpolated_in_logarithms():
+    run = [{"sample_grads": 10.0 * i, "full_loss": loss} for i, loss in enumerate((None, 4.0, 1.0, 0.25))]
+    found = ablations.loss_at(run, [5, 10, 15, 20, 100])
+    assert found[0] is None
+    assert found[1:] == pytest.approx([4, 2, 1, 0.25])
+    assert ablations.loss_at(run[:1], [5]) == [None]
+
+
+@pytest.mark.parametrize(("values", "expected"), [((1.0, None, 3.0), 3.0), ((1.0, 2.0, None), 2.0), ((None,), None)])
+def test_a_loss_that_is_not_finite_counts_as_infinite(values: tuple, expected: float | None):
+    assert ablations.median(values) == expected
+
+
+def test_an_unknown_study_is_refused(tmp_path: Path):
+    with pytest.raises(SystemExit, match="study"):
+        ablations.main(ablations.Arguments(only="study=luck", results=tmp_path))

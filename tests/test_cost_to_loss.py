@@ -1,0 +1,283 @@
+"""Cost to a loss on a tiny problem: it runs, resumes, tunes and interpolates; and its figure."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+
+from experiments import cost_to_loss, records
+from experiments.cost_to_loss import Arguments, Job, Row, Setting, Watch
+from experiments.problems import PROBLEMS
+from paper_figures import cost_to_loss as figure
+from paper_figures import style
+from subsetopt import Progress
+
+
+def test_race_runs_to_a_record_a_table_and_a_figure_and_is_not_run_twice(smoke, capsys: pytest.CaptureFixture[str]):
+    """In this process, whose other tests compile the same programs; the command tells what there is."""
+    command, folder = smoke("cost_to_loss")
+    arguments = Arguments(smoke=True, only="problem=digits", out=folder / "out", results=folder / "results")
+    methods = len(cost_to_loss.METHODS)
+    cost_to_loss.main(arguments)
+    assert "Adam's loss" in capsys.readouterr().out
+    assert {path.suffix for path in (folder / "out").glob("cost_to_loss*")} == {".pdf", ".png"}
+    check_record(records.read(folder / "results/cost_to_loss/digits-smoke.json"))
+    cost_to_loss.main(arguments)
+    assert capsys.readouterr().out.count("has a result already") == methods
+    listed = command("--list")
+    assert listed.count("done") == methods
+    assert listed.count("to do") == methods * (len(cost_to_loss.SETTINGS) - 1)
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Both seeds of every method, every cost rising along a fit, and a price for each way to train."""
+    assert record["curves"].keys() == set(cost_to_loss.METHODS)
+    assert all(set(curve["seed"]) == {0, 1} for curve in record["curves"].values())
+    newton = record["curves"]["gauss_newton"]
+    for cost in cost_to_loss.COSTS:  # in the seconds, the slices timed after the fourth step must not show
+        assert 0 < newton[cost][0] < newton[cost][3] <= newton[cost][4]
+    adam, final = record["curves"]["adam"], record["final"]
+    seconds = final["seconds_per_epoch"]["adam-128"]
+    assert adam["seconds"] == pytest.approx([epochs * seconds for epochs in adam["budget_epochs"]])
+    assert final["seconds_per_epoch"].keys() == {"adam-128", "adam-512", "sgd-128", "sgd-512"}
+    assert final["targets"].keys() == {"1", "2"}
+    assert final["targets"]["1"]["adam"]["sample_grads"] == 300
+
+
+def test_only_names_the_parts_there_are(tmp_path: Path):
+    with pytest.raises(SystemExit, match="problem=NAME"):
+        cost_to_loss.main(Arguments(only="solver=adam", out=tmp_path, results=tmp_path))
+    with pytest.raises(SystemExit, match="problem one of digits"):
+        cost_to_loss.main(Arguments(only="problem=mnist", out=tmp_path, results=tmp_path))
+
+
+# --- tuning --------------------------------------------------------------------------------------------------------
+
+
+def run(loss: float | None, **choice: Any) -> Row:
+    return {"full_loss": loss, "test_loss": loss, "test_accuracy": 0.5} | choice
+
+
+def bowl(best: float) -> Any:
+    """A run whose loss is lowest at that rate."""
+    return lambda rate: run(abs(math.log(rate / best)), rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("best", "rates"),
+    [
+        (1e-2, [5e-3, 1e-2, 2e-2]),
+        (2e-2, [5e-3, 1e-2, 2e-2, 5e-2]),
+        (2e-3, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]),
+        (1.0, [5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2]),
+    ],
+)
+def test_ladder_goes_on_while_the_best_rate_is_at_its_edge(best: float, rates: list[float]):
+    rows = cost_to_loss.tried(bowl(best), (5e-3, 1e-2, 2e-2), extensions=3)
+    assert [row["rate"] for row in rows] == rates
+
+
+def test_every_ladder_can_be_extended():
+    ladders = [cost_to_loss.ladder(method, epochs) for method in ("adam", "sgd") for epochs in (3, 1000)]
+    places = [cost_to_loss.RATES.index(rate) for rates in ladders for rate in rates]
+    assert min(places) >= 3
+    assert max(places) + 3 < len(cost_to_loss.RATES)
+
+
+def test_ladder_goes_down_from_rates_that_all_diverge():
+    rows = cost_to_loss.tried(lambda rate: run(None if rate > 2e-3 else rate, rate=rate), (5e-3, 1e-2), extensions=1)
+    assert [row["rate"] for row in rows] == [2e-3, 5e-3, 1e-2]
+
+
+@pytest.mark.parametrize("rate", [1e4, 1e38])  # a loss that is huge, and one that is not finite
+def test_run_that_diverges_has_no_loss(rate: float, tmp_path: Path):
+    choice = {"method": "sgd", "budget_epochs": 1, "batch_size": 128, "rate": rate, "seed": 0}
+    row = cost_to_loss.trained(PROBLEMS["digits"].tiny(), choice)
+    assert row["full_loss"] is None
+    assert row["test_accuracy"] is None
+    assert row["sample_grads"] == 300
+    records.keep(row, tmp_path / "row.json")
+    assert json.loads((tmp_path / "row.json").read_text()) == row
+
+
+class Grid:
+    """First-order runs that take no time; the third one is interrupted."""
+
+    def __init__(self):
+        self.made: list[Row] = []
+
+    def __call__(self, _: Any, choice: Row) -> Row:
+        self.made.append(choice)
+        if len(self.made) == 3:
+            raise KeyboardInterrupt
+        return choice | run(bowl(1e-2)(choice["rate"])["full_loss"] + choice["batch_size"])
+
+
+def test_interrupted_grid_goes_on_with_its_first_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grid = Grid()
+    monkeypatch.setattr(cost_to_loss, "trained", grid)
+    job = Job("cifar16", Arguments(out=tmp_path, results=tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        job.run("adam")
+    assert not job.done("adam")
+    job.run("adam")
+    assert job.done("adam")
+    assert grid.made[3] == grid.made[2]
+    keys = [tuple(choice.values()) for choice in grid.made]
+    assert len(set(keys)) == len(keys) - 1  # the one that was interrupted
+    assert [choice["seed"] for choice in grid.made if choice["budget_epochs"] == 1000] == [0, 1, 2]
+    assert {(c["rate"], c["batch_size"]) for c in grid.made if c["budget_epochs"] == 1000} == {(1e-2, 128)}
+    assert {c["batch_size"] for c in grid.made if c["budget_epochs"] == 300} == {128, 512}
+
+
+# --- fits ----------------------------------------------------------------------------------------------------------
+
+
+def progress(step: int, seconds: float) -> Progress:
+    return Progress(0, 100, 1.0, step, 1.0, None, 0.1, 100.0 * step, seconds, params=None)
+
+
+class SlowSlices:
+    """Slices that take 20 ms of the machine, and 5 ms of them in the compiler."""
+
+    def add(self) -> None:
+        time.sleep(0.02)
+        cost_to_loss.COMPILING.seconds += 0.005
+
+
+def test_seconds_of_a_fit_are_its_own():
+    watch: Any = Watch(1, math.inf, SlowSlices())  # pyright: ignore[reportArgumentType]
+    for step in range(1, 7):
+        watch(progress(step, 1.0 * step))
+    seconds = [row["seconds"] for row in watch.rows]
+    assert seconds[:4] == pytest.approx([1, 2, 3, 4], abs=1e-3)
+    assert 0.015 <= 5 - seconds[4] < 0.5
+
+
+def test_fit_ends_at_its_cost_and_its_end_is_a_snapshot():
+    watch = Watch(10, most=1150)
+    ended = [watch(progress(step, step)) for step in range(1, 13)]
+    assert ended == [False] * 11 + [True]
+    assert [row["step"] for row in watch.snapshots()] == [10, 12]
+
+
+# --- what came out -------------------------------------------------------------------------------------------------
+
+
+def snapshots(*losses: float | None, seed: int = 0) -> list[Row]:
+    """Each costs as much as the one before it and once more."""
+    costs = [dict.fromkeys(cost_to_loss.COSTS, 100.0 * (i + 1)) for i in range(len(losses))]
+    return [{"seed": seed} | run(loss) | cost for loss, cost in zip(losses, costs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("target", "cost"), [(0.1, 200), (1.0, 100), (2.0, 100), (0.1**0.5, 150), (0.01, 300), (0.001, None)]
+)
+def test_cost_is_interpolated_in_the_logarithm_of_the_loss(target: float, cost: float | None):
+    point = cost_to_loss.reached(snapshots(1.0, 0.1, 0.01), target)
+    assert (point and point["seconds"]) == (cost and pytest.approx(cost))
+
+
+def test_loss_that_rises_again_counts_where_it_was_first_reached():
+    point = cost_to_loss.reached(snapshots(1.0, 0.1, 0.5, 0.05), 0.2)
+    assert point is not None
+    assert 100 < point["flops"] < 200
+
+
+def test_fine_tunings_are_runs_of_their_own():
+    """The one that has the loss counts, with nothing between the two."""
+    rows = [row | {"budget_epochs": epochs} for row, epochs in zip(snapshots(1.0, 0.1), (3, 10), strict=True)]
+    point = cost_to_loss.cheapest(rows, 0.5)
+    assert point is not None
+    assert point["sample_grads"] == 200
+
+
+def test_seed_that_never_has_the_loss_counts_as_the_dearest():
+    rows = snapshots(0.1) + snapshots(1.0, 0.1, seed=1) + snapshots(1.0, seed=2)
+    adam = {"loss": 0.1} | dict.fromkeys(cost_to_loss.COSTS, 400.0)
+    race = cost_to_loss.race(rows, adam)
+    assert race["seconds"] == {"by_seed": [100, 200, None], "median": 200}
+    assert race["seconds_ratio"] == {"by_seed": [4, 2, None], "median": 2}
+    assert cost_to_loss.race(rows, adam | {"loss": 0.01})["flops_ratio"]["median"] is None
+
+
+@pytest.mark.parametrize(
+    ("ratios", "budget"),
+    [
+        ({3: 0.5, 10: 0.25, 40: 4.0, 100: 5.0}, 20),
+        ({3: 2.0, 10: 0.5, 30: 2.0}, pytest.approx(300**0.5)),
+        ({3: 1.0, 10: 2.0}, 3),
+        ({3: 2.0, 10: 0.9}, None),
+        ({3: 2.0, 10: None}, None),
+        ({3: None, 10: 2.0}, 10),
+        ({}, None),
+    ],
+)
+def test_break_even_is_where_the_ratio_stays_above_one(ratios: dict[int, float | None], budget: Any):
+    found = cost_to_loss.break_even(ratios)
+    assert found == (pytest.approx(budget) if isinstance(budget, int) else budget)
+
+
+def test_target_is_the_median_of_the_winner():
+    """The winner on the first seed, whatever the other rates would have given on the others."""
+    cost = dict.fromkeys(cost_to_loss.COSTS, 1.0)
+    choices = {0.1: (0.3, 0.5, 0.4), 0.2: (0.35,)}
+    rows = [
+        run(loss, rate=rate, batch_size=128, seed=seed, budget_epochs=3) | cost
+        for rate, losses in choices.items()
+        for seed, loss in enumerate(losses)
+    ]
+    target = cost_to_loss.tuned(rows, 3)
+    assert (target["loss"], target["losses"], target["rate"]) == (0.4, [0.3, 0.5, 0.4], 0.1)
+
+
+def test_setting_leaves_no_budget_without_a_rate():
+    for setting in (*cost_to_loss.SETTINGS.values(), Setting((3, 10)).tiny()):
+        assert setting.budgets[0] not in setting.untuned
+        assert set(setting.untuned) <= set(setting.budgets)
+
+
+# --- the figure ----------------------------------------------------------------------------------------------------
+
+
+def record(problem: str, ratios: dict[int, list[float | None]], even: float | None = 12.0) -> dict[str, Any]:
+    def race(values: list[float | None]) -> Row:
+        middle = float(np.median([np.inf if value is None else value for value in values]))
+        ratio = {"by_seed": values, "median": middle if math.isfinite(middle) else None}
+        return {f"{cost}_ratio": ratio for cost in cost_to_loss.COSTS}
+
+    targets = {str(epochs): {"gauss_newton": race(values)} for epochs, values in ratios.items()}
+    final = {"targets": targets, "break_even": {"gauss_newton": dict.fromkeys(cost_to_loss.COSTS, even)}}
+    return {"name": problem, "config": {"problem": problem}, "final": final}
+
+
+def made_up() -> list[dict[str, Any]]:
+    digits = record("digits", {3: [0.2, 0.3, 0.25], 10: [0.8, 0.9, 0.7], 30: [3, 2, 2.5], 100: [9, None, 7]})
+    return [record("cifar16", {3: [0.5, 0.6, 0.4], 10: [1.5, 1.2, 1.4]}, None), digits]
+
+
+def test_figure_names_its_axes_and_every_problem(tmp_path: Path):
+    with matplotlib.rc_context(style.RC):
+        drawn = figure.figure(made_up())
+    assert [axes.get_title("left") for axes in drawn.axes] == list(figure.COSTS.values())
+    assert "epochs" in drawn.axes[1].get_xlabel()
+    assert "ratio" in drawn.axes[0].get_ylabel()
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["digits", "cifar16"]
+    assert {path.suffix for path in figure.draw(made_up(), tmp_path)} == {".pdf", ".png"}
+
+
+def test_band_ends_where_a_seed_never_has_the_loss():
+    *_, last = figure.ratios(made_up()[1], "seconds")
+    assert last[:2] == (100, 9)
+    assert all(map(math.isnan, last[2:]))
+
+
+def test_title_tells_from_where_on_ours_takes_fewer_seconds():
+    assert "tuned for 12 epochs or more, on 1 of 2 problems" in figure.message(made_up())
+    assert "Tuned Adam takes fewer seconds" in figure.message(made_up()[:1])
