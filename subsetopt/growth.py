@@ -30,7 +30,7 @@ class Growth:
     nested: True: each subset is a prefix of one permutation, a deterministic objective. False: every step draws a
         fresh subset of its stage's size (Gauss-Newton only; seeded, so just as repeatable).
     importance: share of a fresh subset that is drawn in proportion to the examples' last known slopes |dl/df|, the
-        rest uniformly; weights keep its loss unbiased. 0: all uniformly.
+        rest uniformly, for slopes grow old; weights keep its loss unbiased. Below 1; 0: all uniformly.
     """
 
     start: float = 4.0
@@ -49,8 +49,6 @@ class Growth:
             must = f"be at least start={self.start!r}"
             checks.require(self.stop >= self.start, "Growth.stop", must, repr(self.stop), "None grows to the whole set")
         checks.real_number("Growth.importance", self.importance, 0, 1)
-        way_out = "some draws have to be uniform: an example's last slope may be out of date"
-        checks.require(self.importance < 1, "Growth.importance", "be below 1", repr(self.importance), way_out)
 
     def sizes(self, examples: int, parameters: int, outputs: int, probe: int = 0) -> list[int]:
         """Subset sizes K = ceil(Q P / M), stage by stage.

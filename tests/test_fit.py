@@ -87,6 +87,24 @@ def test_stage_sizes_are_nested_prefixes_of_the_order(data):
     assert [s["ratio"] for s in result.stages] == [s["examples"] * 3 / 57 for s in result.stages]
 
 
+def test_curvature_rows_follow_the_parameters_or_the_subset_whichever_is_more(data):
+    def cost(share: float) -> float:
+        solver = GaussNewton(curvature_ratio=0.5, curvature_share=share)
+        growth = Growth(8, stop=8, nested=False)
+        return fit_subset(Net(), data, solver=solver, growth=growth, max_steps=1, **QUIET).sample_grads
+
+    # Q = 8 of 57 parameters with 3 outputs: 152 examples.
+    assert cost(0.1) == cost(0)
+    assert cost(0.5) - cost(0) == 76 - 29
+
+
+def test_fresh_subsets_that_grow_by_schedule_have_no_probe(data):
+    fresh = fit_subset(Net(), data, growth=Growth(4, 1.5, nested=False), max_steps=3, **QUIET)
+    assert fresh.history["probe_loss"] == [None] * 3
+    asked = fit_subset(Net(), data, growth=Growth(4, nested=False), until="representative", max_steps=3, **QUIET)
+    assert None not in asked.history["probe_loss"]
+
+
 def test_until_a_number_is_that_many_steps_a_stage(data):
     result = fit_subset(Net(), data, growth=Growth(3, 2), until=2, max_steps=9, **QUIET)
     assert [s["steps"] for s in result.stages[:-1]] == [2] * (len(result.stages) - 1)

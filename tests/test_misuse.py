@@ -280,6 +280,7 @@ GROWTH: Mistakes = {
     "by infinity": ({"factor": np.inf}, "Growth.factor", "inf", NOT_ZERO),
     "by None": ({"factor": None}, "Growth.factor", "None", NOT_ZERO),
     "that ends before it starts": ({"start": 8, "stop": 4}, "Growth.stop", "4", "None"),
+    "by importance alone": ({"importance": 1}, "Growth.importance", "1", "=0"),
     "up to NaN": ({"stop": np.nan}, "Growth.stop", "nan", NOT_ZERO),
 }
 
@@ -293,6 +294,7 @@ QUASI_NEWTON: Mistakes = {
 
 GAUSS_NEWTON: Mistakes = {
     "without curvature": ({"curvature_ratio": 0}, "GaussNewton.curvature_ratio", "0", NOT_ZERO),
+    "with a negative share": ({"curvature_share": -0.1}, "GaussNewton.curvature_share", "-0.1", "=0"),
     "that only averages": ({"averaging": 1}, "GaussNewton.averaging", "1", "=0"),
     "damped below zero": ({"damping": -1}, "GaussNewton.damping", "-1", "=0"),
     "without factors": ({"damping_factors": ()}, "GaussNewton.damping_factors", "()", "0.5,"),
