@@ -110,9 +110,9 @@ class Setting:
 
 SETTINGS = {
     "digits": Setting((3, 10, 30, 100, 300, 1000), fit_epochs=100, lbfgs_epochs=100),
-    "mnist14": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30, fit_epochs=12, lbfgs_epochs=40),
+    "mnist14": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=10, fit_epochs=12, lbfgs_epochs=40),
     "mnist28": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30, fit_epochs=12, lbfgs_epochs=40),
-    "cifar16": Setting((3, 10, 30, 100, 300, 1000), untuned=(1000,), longest_sgd=100, fit_epochs=35),
+    "cifar16": Setting((3, 10, 30, 100, 300, 1000), untuned=(1000,), longest_sgd=30, fit_epochs=35),
     "cifar32-4k": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30),
     "cifar32": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30),
 }
