@@ -94,7 +94,7 @@ class GaussNewton:
 
     growth: ClassVar[Growth] = Growth(start=4, factor=1.1, nested=False)
     until: ClassVar[str | int] = 1
-    max_steps: ClassVar[int] = 60
+    max_steps: ClassVar[int] = 80
     check_every: ClassVar[int] = 1
     fresh_subsets: ClassVar[bool] = True
 
