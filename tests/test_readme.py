@@ -52,21 +52,21 @@ def table_rows(record: dict) -> list[str]:
 
 def headline_rows(record: dict) -> list[str]:
     """The rows that the README shows of a record of `cost_to_loss`."""
-    config, rows = record["config"], []
+    config = record["config"]
     name = f"{config['problem']}, N = {config['examples']:,}, P = {config['parameters']:,}"
-    for epochs, target in record["final"]["targets"].items():
-        adam, ours = target["adam"], target["gauss_newton"]
-        cost = ours["sample_grads"]["median"]
-        if cost is None:  # never reached
-            rows.append(
-                f"| {name} | {int(epochs):,} | {adam['loss']:.3g} | - | - | - | - | {adam['test_accuracy']:.1%} | - |"
-            )
-            continue
-        ratios = " | ".join(f"{ours[f'{key}_ratio']['median']:.2g}" for key in ("sample_grads", "flops", "seconds"))
-        tests = f"{adam['test_accuracy']:.1%} | {ours['test_accuracy']['median']:.1%}"
-        spent = f"{cost / config['examples']:.1f}"
-        rows.append(f"| {name} | {int(epochs):,} | {adam['loss']:.3g} | {spent} | {ratios} | {tests} |")
-    return rows
+    targets = record["final"]["targets"].items()
+    return [f"| {name} | {int(epochs):,} | {' | '.join(headline(config['examples'], t))} |" for epochs, t in targets]
+
+
+def headline(examples: int, target: dict) -> list[str]:
+    """What Adam and SGD reach in a budget, and what ours costs there; dashes where there is no such run."""
+    adam, ours = target["adam"], target["gauss_newton"]
+    sgd = f"{target['sgd']['loss']:.3g}" if "sgd" in target else "-"
+    spent = ours["sample_grads"]["median"]
+    ratios = [ours[f"{key}_ratio"]["median"] for key in ("sample_grads", "flops", "seconds")]
+    reached = [f"{spent / examples:.1f}", *(f"{ratio:.2g}" for ratio in ratios)] if spent else ["-"] * 4
+    tests = adam["test_accuracy"], ours["test_accuracy"]["median"]
+    return [f"{adam['loss']:.3g}", sgd, *reached, *(f"{test:.1%}" if test else "-" for test in tests)]
 
 
 def is_runnable(module: str) -> bool:
