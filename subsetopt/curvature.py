@@ -61,8 +61,9 @@ class Recipe:
         if self.rows is None:
             return problem.whole(), None
         draw, signs = jax.random.split(key)
-        rows = _rows_now(self.rows, self.share, problem.count)
-        positions, sample = problem.draw(draw, uncertainty, self.most_rows(problem), rows)
+        most = self.most_rows(problem)
+        rows = _rows_now(self.rows, most, self.share, problem.count)
+        positions, sample = problem.draw(draw, uncertainty, most, rows)
         return sample, _signs(problem.outputs, problem.dtype, signs, positions)
 
     def cost(self, problem: Problem, sample: Sample) -> Any:
@@ -74,9 +75,10 @@ class Recipe:
         return jax.default_matmul_precision(self.precision)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rows_now(rows: int, share: float, count: Array) -> Array:
-    return jnp.maximum(rows, jnp.ceil(share * count.astype(np.float32)).astype(count.dtype))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rows_now(least: int, most: int, share: float, count: Array) -> Array:
+    """Never above `most`: in float32, a share of the whole set may round to one row more."""
+    return jnp.clip(jnp.ceil(share * count.astype(np.float32)).astype(count.dtype), least, most)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -98,6 +98,17 @@ def test_curvature_rows_follow_the_parameters_or_the_subset_whichever_is_more(da
     assert cost(0.5) - cost(0) == 76 - 29
 
 
+@pytest.mark.parametrize(("share", "examples"), [(0.3, 50), (0.6, 25), (0.15, 100)])
+def test_a_share_that_rounds_up_in_float32_draws_no_row_too_many(data, share, examples):
+    x, y = data
+    solver, growth = GaussNewton(curvature_ratio=0.1, curvature_share=share), Growth(1e9)
+    result = fit_subset(
+        linear, (x[:examples], y[:examples]), LINEAR, solver=solver, growth=growth, max_steps=2, progress=False
+    )
+    assert result.n_steps == 2
+    assert result.loss < np.log(3)
+
+
 def test_fresh_subsets_that_grow_by_schedule_have_no_probe(data):
     fresh = fit_subset(Net(), data, growth=Growth(4, 1.5, nested=False), max_steps=3, **QUIET)
     assert fresh.history["probe_loss"] == [None] * 3
