@@ -10,9 +10,7 @@ own: what is interrupted goes on with the first unfinished one.
 """
 
 import dataclasses
-import json
 import math
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import records
+from experiments import jobs
 from experiments.problems import PROBLEMS
-from experiments.runs import WHOLE, Options, chosen, columns, linear_algebra_flops, loss_and_accuracy
+from experiments.runs import WHOLE, columns, finite, linear_algebra_flops, loss_and_accuracy, median
 from paper_figures import ablations as figure
 from subsetopt import GaussNewton, Progress, fit_subset
 
@@ -126,83 +124,42 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Options):
+class Arguments(jobs.Options):
     """Measure what each part of the method is worth."""
 
     out: Path = Path("out/ablations")
     """Folder of figures and finished runs."""
-    only: str | None = None
-    """Run a part: problem=NAME, study=NAME, or both with a comma between them."""
 
 
 def main(arguments: Arguments) -> None:
     """Run what has no result yet, then print and draw it."""
-    picked = chosen(arguments.only, {"problem": COSTS, "study": STUDIES})
-    for job in [Job(name, arguments) for name in COSTS if picked.get("problem") in (None, name)]:
-        studies = [name for name in STUDIES if picked.get("study") in (None, name)]
-        if arguments.again:
-            job.forget(studies)
-        if arguments.list:
-            job.show()
-            continue
-        for study in studies:
-            job.run(study)
-        if job.complete():
-            record = job.record()
-            print_table(record)
-            for path in figure.draw([record], arguments.out):
-                print(f"figure: {path}")
+    picked = jobs.chosen(arguments.only, {"problem": COSTS, "study": STUDIES})
+    problems = [Job(name, arguments) for name in COSTS if picked.get("problem") in (None, name)]
+    for record in jobs.run(problems, arguments, picked.get("study")):
+        print_table(record)
+        for path in figure.draw([record], arguments.out):
+            print(f"figure: {path}")
 
 
-class Job:
-    """One problem: its runs, and the record that they make together."""
+class Job(jobs.Job):
+    """One problem, a part a study."""
+
+    experiment, labels = "ablations", ("problem", "study")
 
     def __init__(self, name: str, arguments: Arguments):
-        self.arguments = arguments
-        self.name = name + ("-smoke" if arguments.smoke else "")
+        super().__init__(name, tuple(STUDIES), arguments)
         self.problem = PROBLEMS[name].tiny() if arguments.smoke else PROBLEMS[name]
         self.costs = (6, 12) if arguments.smoke else COSTS[name]
         self.seeds = SEEDS[:1] if arguments.smoke else SEEDS
-        self.folder = arguments.out / "parts" / self.name
 
-    @property
-    def record_path(self) -> Path:
-        """Where the record of the whole job is, or will be."""
-        return self.arguments.results / "ablations" / f"{self.name}.json"
+    def measure(self, part: str) -> list[dict[str, Any]]:
+        """The rows of every variant and seed."""
+        runs = [(variant, seed) for variant in STUDIES[part] for seed in self.seeds]
+        kept = [self.kept(part, f"{variant}, seed={seed}", self._fit, part, variant, seed) for variant, seed in runs]
+        return [row for rows in kept for row in rows]
 
-    def path(self, study: str) -> Path:
-        """Where the finished runs of a study are kept."""
-        return self.folder / f"{study}.json"
-
-    def done(self, study: str) -> bool:
-        """Whether a study needs no run."""
-        return self.record_path.exists() or self.path(study).exists()
-
-    def complete(self) -> bool:
-        """Whether nothing is left to run."""
-        return all(map(self.done, STUDIES))
-
-    def show(self) -> None:
-        """Print the state of every study."""
-        for study in STUDIES:
-            print(f"problem={self.name} study={study}: {'done' if self.done(study) else 'to do'}")
-
-    def forget(self, studies: list[str]) -> None:
-        """Remove the record and what these studies have kept."""
-        for path in (self.record_path, *map(self.path, studies)):
-            path.unlink(missing_ok=True)
-
-    def run(self, study: str) -> None:
-        """Run a study, unless it is done."""
-        if self.done(study):
-            print(f"{self.name}, {study}: has a result already (--again runs it anew)")
-            return
-        rows = [row for variant in STUDIES[study] for seed in self.seeds for row in self._run(study, variant, seed)]
-        records.keep(rows, self.path(study))
-
-    def _run(self, study: str, variant: str, seed: int) -> list[dict[str, Any]]:
+    def _fit(self, study: str, variant: str, seed: int) -> list[dict[str, Any]]:
         """The rows of one fit: costs, and the loss of the whole training set, after each step."""
-        print(f"{self.name}: {variant}, seed {seed}", flush=True)
         rows, most = [], self.costs[-1] * self.problem.price.examples
 
         def keep(progress: Progress) -> bool:
@@ -212,24 +169,17 @@ class Job:
 
         options = {"seed": seed, "max_steps": 10_000, "progress": False} | STUDIES[study][variant]
         fit_subset(self.problem.network, self.problem.train, callback=keep, **options)
-        method, extra = options.get("solver", GaussNewton()), 0.0
-        for row in rows:
-            extra += linear_algebra_flops(method, self.problem.parameters, row["examples"])
-            operations = self.problem.price.of(row["sample_grads"], row["seconds"], extra)["flops"]
+        method, examples = options.get("solver", GaussNewton()), [row["examples"] for row in rows]
+        for row, extra in zip(rows, linear_algebra_flops(method, self.problem.parameters, examples), strict=True):
+            operations = self.problem.price.of(row["sample_grads"], row["seconds"], float(extra))["flops"]
             loss, _ = loss_and_accuracy(self.problem.network, row.pop("params"), self.problem.train)
-            row |= {"flops": operations, "full_loss": loss if math.isfinite(loss) else None}
+            row |= {"flops": operations, "full_loss": finite(loss)}
         return [{"variant": variant, "seed": seed} | row for row in rows]
 
-    def record(self) -> dict[str, Any]:
-        """The problem's record, put together from its parts the first time."""
-        if not self.record_path.exists():
-            rows = {study: json.loads(self.path(study).read_text()) for study in STUDIES}
-            curves = {study: columns(found) for study, found in rows.items()}
-            final = {study: self._summary(study, found) for study, found in rows.items()}
-            made = records.new("ablations", self.name, self.config(), curves, final)
-            records.write(made, self.arguments.results)
-        print(f"record: {self.record_path}")
-        return records.read(self.record_path)
+    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
+        """A curve a study, of all its runs; medians at the common costs."""
+        curves = {study: columns(rows) for study, rows in parts.items()}
+        return self.config(), curves, {study: self._summary(study, rows) for study, rows in parts.items()}
 
     def _summary(self, study: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Losses at the common costs: by variant, then one list a seed, and their medians."""
@@ -258,12 +208,6 @@ def loss_at(run: list[dict[str, Any]], costs: list[float]) -> list[float | None]
     spent, losses = [row["sample_grads"] for row in known], [math.log(row["full_loss"]) for row in known]
     # A run that ended before, at its minimum, stays there.
     return [float(np.exp(np.interp(cost, spent, losses))) if spent and cost >= spent[0] else None for cost in costs]
-
-
-def median(values: tuple[float | None, ...]) -> float | None:
-    """None counts as infinite."""
-    value = statistics.median(math.inf if value is None else value for value in values)
-    return value if math.isfinite(value) else None
 
 
 def print_table(record: dict[str, Any]) -> None:

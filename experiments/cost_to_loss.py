@@ -18,9 +18,7 @@ interrupted goes on with the first unfinished one. The methods:
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import shutil
 import statistics
 import sys
 import time
@@ -34,17 +32,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import records
+from experiments import jobs
 from experiments.problems import PROBLEMS, Problem
 from experiments.runs import (
     OPTIMIZERS,
-    Options,
     adam,
-    chosen,
     columns,
+    finite,
     first_order,
     linear_algebra_flops,
     loss_and_accuracy,
+    median,
 )
 from paper_figures import cost_to_loss as figure
 from subsetopt import (
@@ -119,31 +117,21 @@ SETTINGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Options):
+class Arguments(jobs.Options):
     """Measure what it costs to reach the losses of tuned first-order training."""
 
     out: Path = Path("out/cost_to_loss")
     """Folder of figures and finished runs."""
-    only: str | None = None
-    """Run a part: problem=NAME, method=NAME, or both with a comma between them."""
 
 
 def main(arguments: Arguments) -> None:
     """Run what has no result yet, then print and draw it."""
-    picked = chosen(arguments.only, {"problem": SETTINGS, "method": METHODS})
+    picked = jobs.chosen(arguments.only, {"problem": SETTINGS, "method": METHODS})
+    problems = [Job(name, arguments) for name in SETTINGS if picked.get("problem") in (None, name)]
     made = []
-    for job in [Job(name, arguments) for name in SETTINGS if picked.get("problem") in (None, name)]:
-        if arguments.list:
-            job.show()
-            continue
-        methods = [name for name in METHODS if picked.get("method") in (None, name)]
-        if arguments.again:
-            job.forget(methods)
-        for method in methods:
-            job.run(method)
-        if job.complete():
-            made.append(job.record())
-            print_table(made[-1])
+    for record in jobs.run(problems, arguments, picked.get("method")):
+        print_table(record)
+        made.append(record)
     if made:
         for path in figure.draw(made, arguments.out):
             print(f"figure: {path}")
@@ -154,11 +142,6 @@ def measured(problem: Problem, params: Any) -> Row:
     full, _ = loss_and_accuracy(problem.network, params, problem.train)
     test, accuracy = loss_and_accuracy(problem.network, params, problem.test)
     return {"full_loss": finite(full), "test_loss": finite(test), "test_accuracy": accuracy}
-
-
-def finite(value: float) -> float | None:
-    """None for what a record cannot hold."""
-    return value if math.isfinite(value) else None
 
 
 # --- first-order training ------------------------------------------------------------------------------------------
@@ -301,7 +284,7 @@ def fitted(problem: Problem, setting: Setting, method: str, seed: int) -> Row:
 
 def with_flops(problem: Problem, solver: Any, row: Row, examples: Sequence[int]) -> Row:
     """A snapshot of a fit with its operations, the solver's own algebra on the examples of each step included."""
-    extra = sum(linear_algebra_flops(solver, problem.parameters, n) for n in examples[: row["step"]])
+    extra = float(linear_algebra_flops(solver, problem.parameters, examples)[row["step"] - 1])
     return row | {"flops": problem.price.of(row["sample_grads"], 0.0, extra)["flops"]}
 
 
@@ -353,76 +336,28 @@ def paper(problem: Problem, setting: Setting, seed: int) -> list[Row]:
 # --- the job -------------------------------------------------------------------------------------------------------
 
 
-class Job:
-    """One problem: its runs, and the record that they make together."""
+class Job(jobs.Job):
+    """One problem, a part a method."""
+
+    experiment, labels = "cost_to_loss", ("problem", "method")
 
     def __init__(self, name: str, arguments: Arguments):
-        self.arguments, self.plain_name, smoke = arguments, name, arguments.smoke
-        self.name = name + ("-smoke" if smoke else "")
-        self.setting = SETTINGS[name].tiny() if smoke else SETTINGS[name]
-        self.problem = PROBLEMS[name].tiny() if smoke else PROBLEMS[name]
-        self.folder = arguments.out / "parts" / self.name
+        super().__init__(name, METHODS, arguments)
+        self.plain_name = name
+        self.setting = SETTINGS[name].tiny() if arguments.smoke else SETTINGS[name]
+        self.problem = PROBLEMS[name].tiny() if arguments.smoke else PROBLEMS[name]
 
-    @property
-    def record_path(self) -> Path:
-        """Where the record of the whole job is, or will be."""
-        return self.arguments.results / "cost_to_loss" / f"{self.name}.json"
-
-    def path(self, part: str) -> Path:
-        """Where a finished part is kept: a method as a whole, or one run of it."""
-        return self.folder / f"{part}.json"
-
-    def finished(self) -> bool:
-        """Whether the record of the whole job is there."""
-        return self.record_path.exists()
-
-    def done(self, method: str) -> bool:
-        """Whether a method needs no run."""
-        return self.finished() or self.path(method).exists()
-
-    def complete(self) -> bool:
-        """Whether nothing is left to run."""
-        return all(map(self.done, METHODS))
-
-    def show(self) -> None:
-        """Print the state of every method."""
-        for method in METHODS:
-            runs = len(list((self.folder / method).glob("*.json")))
-            print(f"problem={self.name} method={method}: {'done' if self.done(method) else 'to do'}, {runs} runs kept")
-
-    def forget(self, methods: list[str]) -> None:
-        """Remove the record and what these methods have kept."""
-        self.record_path.unlink(missing_ok=True)
-        for method in methods:
-            self.path(method).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / method, ignore_errors=True)
-
-    def run(self, method: str) -> None:
-        """Run one method, unless it is done."""
-        if self.done(method):
-            print(f"{self.name}, {method}: has a result already (--again runs it anew)")
-            return
-        records.keep(self._measure(method), self.path(method))
-
-    def _measure(self, method: str) -> list[Row]:
-        if method in OPTIMIZERS:
-            return self._first_order(method)
-        if method == "gauss_newton_finetune":
+    def measure(self, part: str) -> list[Row]:
+        """All runs of a method."""
+        if part in OPTIMIZERS:
+            return self._first_order(part)
+        if part == "gauss_newton_finetune":
             return self._fine_tuned()
         setting = self.setting
-        if method == "paper":
-            runs = [self._kept(f"paper/seed={seed}", paper, self.problem, setting, seed) for seed in setting.seeds]
+        if part == "paper":
+            runs = [self.kept(part, f"seed={seed}", paper, self.problem, setting, seed) for seed in setting.seeds]
             return [row for run in runs for row in run]
-        arguments = [(self.problem, setting, method, seed) for seed in setting.seeds]
-        return [self._kept(f"{method}/seed={of[-1]}", fitted, *of) for of in arguments]
-
-    def _kept(self, part: str, measure: Callable[..., Any], *arguments: Any) -> Any:
-        """What a run gave, now or when it was run."""
-        path = self.path(part)
-        if not path.exists():
-            print(f"{self.name}: {part}", flush=True)
-            records.keep(measure(*arguments), path)
-        return json.loads(path.read_text())
+        return [self.kept(part, f"seed={seed}", fitted, self.problem, setting, part, seed) for seed in setting.seeds]
 
     def _first_order(self, method: str) -> list[Row]:
         """All runs: those that tune, on the first seed, and the winner of each budget on the others."""
@@ -449,8 +384,8 @@ class Job:
 
     def _single(self, method: str, epochs: int, batch_size: int, seed: int, rate: float) -> Row:
         choice = {"method": method, "budget_epochs": epochs, "batch_size": batch_size, "rate": rate, "seed": seed}
-        part = f"{method}/epochs={epochs},batch={batch_size},rate={rate:g},seed={seed}"
-        return self._kept(part, trained, self.problem, choice)
+        run = f"epochs={epochs},batch={batch_size},rate={rate:g},seed={seed}"
+        return self.kept(method, run, trained, self.problem, choice)
 
     def _fine_tuned(self) -> list[Row]:
         """All runs: every rate on the first seed, the best one for each number of epochs on the others."""
@@ -461,23 +396,18 @@ class Job:
         return rows + [row for seed in others for row in self._fine_tuned_once(seed, rates)]
 
     def _fine_tuned_once(self, seed: int, rates: dict[int, Sequence[float]]) -> list[Row]:
-        return self._kept(f"gauss_newton_finetune/seed={seed}", fine_tuned, self.problem, self.setting, seed, rates)
+        run, arguments = f"seed={seed}", (self.problem, self.setting, seed, rates)
+        return self.kept("gauss_newton_finetune", run, fine_tuned, *arguments)
 
     # --- the record ------------------------------------------------------------------------------------------------
 
-    def record(self) -> dict[str, Any]:
-        """The problem's record, put together from its parts the first time."""
-        if not self.finished():
-            parts = {method: json.loads(self.path(method).read_text()) for method in METHODS}
-            per_epoch = seconds_per_epoch(parts["gauss_newton"])
-            rows = Pricing(self.problem, per_epoch).rows(parts)
-            final = summary(rows, self.setting.budgets) | {"seconds_per_epoch": per_epoch}
-            final |= {"status": {name: [part["status"] for part in parts[name]] for name in SOLVERS}}
-            curves = {method: columns(rows[method]) for method in METHODS}
-            made = records.new("cost_to_loss", self.name, self.config(), curves, final)
-            records.write(made, self.arguments.results)
-        print(f"record: {self.record_path}")
-        return records.read(self.record_path)
+    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
+        """A curve a method, of all its runs; the races."""
+        per_epoch = seconds_per_epoch(parts["gauss_newton"])
+        rows = Pricing(self.problem, per_epoch).rows(parts)
+        final = summary(rows, self.setting.budgets) | {"seconds_per_epoch": per_epoch}
+        final |= {"status": {name: [part["status"] for part in parts[name]] for name in SOLVERS}}
+        return self.config(), {method: columns(rows[method]) for method in METHODS}, final
 
     def config(self) -> dict[str, Any]:
         """What the result depends on, in full."""
@@ -571,11 +501,6 @@ def tuned(rows: Sequence[Row], epochs: int) -> Row:
     tests = {key: median([row[key] for row in runs]) for key in ("test_loss", "test_accuracy")}
     cost = {key: runs[0][key] for key in COSTS}
     return {"budget_epochs": epochs, "loss": median(losses), "losses": losses} | choice | tests | cost
-
-
-def median(values: Sequence[float | None]) -> float | None:
-    """A missing value counts as infinite: never reached, or diverged."""
-    return finite(statistics.median(math.inf if value is None else value for value in values))
 
 
 def race(rows: Sequence[Row], adam: Row) -> Row:

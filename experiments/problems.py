@@ -65,7 +65,8 @@ class Problem:
 
     def _read(self, split: str, n: int | None) -> Arrays:
         x, y = load(self.images, split)
-        return downsample(x[:n], self.window), y[:n]
+        x, y = x[:n], y[:n]
+        return (downsample(x, self.window) if self.window > 1 else x), y
 
 
 PROBLEMS = {

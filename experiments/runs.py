@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,36 +17,12 @@ from experiments.records import flops
 from subsetopt import FinetuneResult, FitResult, GaussNewton, Growth, finetune, fit_subset
 
 Arrays = tuple[np.ndarray, np.ndarray]
+CLASSES = 10  # of every data set here
 WHOLE = Growth(start=1e9)  # a first ratio that no set reaches: one stage, the whole set
 OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "adam": optax.adam,
     "sgd": functools.partial(optax.sgd, momentum=0.9),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What every experiment's command takes, besides `out` and `only`."""
-
-    results: Path = Path("out/results")
-    """Folder of records; experiments/results holds the committed ones."""
-    list: bool = False
-    """Say which parts have a result, and run nothing."""
-    again: bool = False
-    """Run anew what has a result already."""
-    smoke: bool = False
-    """A few examples and steps, to see that it runs."""
-
-
-def chosen(only: str | None, names: Mapping[str, Collection[str]]) -> dict[str, str]:
-    """What `--only key=NAME[,key=NAME]` picks; exits, saying what there is, for any other key or name."""
-    items = [item.partition("=") for item in only.split(",")] if only is not None else []
-    picked = {key: name for key, _, name in items}
-    if len(picked) < len(items) or any(name not in names.get(key, ()) for key, name in picked.items()):
-        several = ", or several with commas" if len(names) > 1 else ""
-        known = "; ".join(f"{key} one of {', '.join(values)}" for key, values in names.items())
-        sys.exit(f"--only must be {' or '.join(f'{key}=NAME' for key in names)}{several}; {known}. Found {only!r}.")
-    return picked
 
 
 def fit_whole(model: Any, data: Any, solver: Any, params: Any = None, **options: Any) -> FitResult:
@@ -83,17 +59,27 @@ def gradient_flops(model: nn.Module, shape: tuple[int, ...], block: int = 128) -
     return flops(jax.value_and_grad(loss), params, x, y) / block
 
 
-def linear_algebra_flops(solver: Any, parameters: int, examples: int, outputs: int = 10) -> float:
-    """Operations of a step on so many examples beside the model's own: the curvature matrix and its factorisations.
+def linear_algebra_flops(solver: Any, parameters: int, examples: Sequence[int]) -> np.ndarray:
+    """Operations up to each step, on so many examples, beside the model's own: curvature matrices, factorisations.
 
     By halves, for both are symmetric. The compiler's cost analysis does not see into them: they are counted by hand.
     """
     if not isinstance(solver, GaussNewton):
-        return 0.0
-    rows = examples * outputs
+        return np.zeros(len(examples))
+    rows = np.multiply(examples, CLASSES)
     if solver.curvature_ratio is not None:
-        rows = max(solver.curvature_ratio * parameters, solver.curvature_share * examples)
-    return rows * parameters**2 + len(solver.damping_factors) / 3 * parameters**3
+        rows = np.maximum(solver.curvature_ratio * parameters, np.multiply(examples, solver.curvature_share))
+    return np.cumsum(rows * parameters**2 + len(solver.damping_factors) / 3 * parameters**3)
+
+
+def finite(value: float) -> float | None:
+    """None for what a record cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """A missing value counts as infinite: never reached, or diverged."""
+    return finite(statistics.median(math.inf if value is None else value for value in values))
 
 
 def count(params: Any) -> int:
@@ -175,10 +161,9 @@ def _optimizer(name: str, rate: float, steps: int) -> optax.GradientTransformati
 
 def fit_curve(model: nn.Module, fit: FitResult, snapshots: dict[int, Any], train: Arrays, price: Price, solver: Any):
     """The history of a fit with its three costs, and the loss of the whole training set at the snapshots (by step)."""
-    rows, parameters, extra = [], count(fit.params), 0.0
+    rows, extra = [], linear_algebra_flops(solver, count(fit.params), fit.history["examples"])
     for i, step in enumerate(fit.history["step"]):
-        extra += linear_algebra_flops(solver, parameters, fit.history["examples"][i])
-        cost = price.of(fit.history["sample_grads"][i], fit.history["seconds"][i], extra)
+        cost = price.of(fit.history["sample_grads"][i], fit.history["seconds"][i], float(extra[i]))
         full = loss_and_accuracy(model, snapshots[step], train)[0] if step in snapshots else None
         names = {"examples": "examples", "ratio": "ratio", "stage": "stage", "subset_loss": "loss"}
         row = {name: fit.history[key][i] for name, key in names.items()}

@@ -35,9 +35,9 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
-from experiments import records
+from experiments import jobs, records
 from experiments.models import CNN, MLP
-from experiments.runs import WHOLE, Arrays, Options, chosen, columns, count, fit_whole
+from experiments.runs import WHOLE, Arrays, columns, count, fit_whole
 from paper_figures import scaling as figure
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, curvature, linalg
 
@@ -47,13 +47,11 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Options):
+class Arguments(jobs.Options):
     """Measure how the solvers scale."""
 
     out: Path = Path("out/scaling")
     """Folder of figures and finished points."""
-    only: str | None = None
-    """Run a part: part=NAME."""
     worker: str | None = None
     """Measure one point, given as JSON, in this process, and print its rows: what the command starts by itself."""
 
@@ -64,13 +62,13 @@ def main(arguments: Arguments) -> None:
         point = json.loads(arguments.worker)
         print(json.dumps(PARTS[point.pop("part")].measure(**point)))
         return
-    part = chosen(arguments.only, {"part": PARTS}).get("part")
-    jobs = [Job(name, arguments) for name in PARTS if part in (None, name)]
+    part = jobs.chosen(arguments.only, {"part": PARTS}).get("part")
+    parts = [Job(name, arguments) for name in PARTS if part in (None, name)]
     if arguments.list:
-        for job in jobs:
+        for job in parts:
             job.show()
         return
-    made = [job.record() for job in jobs]
+    made = [job.record() for job in parts]
     print_table(made)
     for path in figure.draw(made, arguments.out):
         print(f"figure: {path}")

@@ -35,10 +35,10 @@ from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from rich.table import Table
 
-from experiments import records
+from experiments import jobs
 from experiments.data import load
 from experiments.models import FAMILY, MLP
-from experiments.runs import Arrays, Options, Price, chosen, columns, count, fit_whole, gradient_flops
+from experiments.runs import Arrays, Price, columns, count, fit_whole, gradient_flops
 from paper_figures import solver_speed as figure
 from subsetopt import LBFGS, GaussNewton, Progress
 
@@ -72,35 +72,23 @@ SETTINGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Options):
+class Arguments(jobs.Options):
     """Time solvers side by side on full-batch problems."""
 
     seed: int = 0
     """Seed of initialisation and synthetic data."""
     out: Path = Path("out/solver_speed")
-    """Folder of figures and unfinished parts."""
-    only: str | None = None
-    """Run a part: problem=NAME, solver=NAME, or both with a comma between them."""
+    """Folder of figures and finished parts."""
 
 
 def main(arguments: Arguments) -> None:
     """Run what has no result yet, then print and draw it."""
-    picked = chosen(arguments.only, {"problem": SETTINGS, "solver": PARTS})
-    problem, part = picked.get("problem"), picked.get("solver")
-    for job in [Job(name, arguments) for name in SETTINGS if problem in (None, name)]:
-        if arguments.list:
-            job.show()
-            continue
-        names = [name for name in job.parts if part in (None, name)]
-        if arguments.again:
-            job.forget(names)
-        for name in names:
-            job.run(name)
-        if job.complete():
-            record = job.record()
-            print_table(record)
-            for path in figure.draw([record], arguments.out):
-                print(f"figure: {path}")
+    picked = jobs.chosen(arguments.only, {"problem": SETTINGS, "solver": PARTS})
+    problems = [Job(name, arguments) for name in SETTINGS if picked.get("problem") in (None, name)]
+    for record in jobs.run(problems, arguments, picked.get("solver")):
+        print_table(record)
+        for path in figure.draw([record], arguments.out):
+            print(f"figure: {path}")
 
 
 # --- problems ------------------------------------------------------------------------------------------------------
@@ -525,69 +513,25 @@ def scale(problem: Problem, block_size: int) -> dict[str, float]:
 # --- the job -------------------------------------------------------------------------------------------------------
 
 
-class Job:
-    """One problem: its parts, and the record that they make together."""
+class Job(jobs.Job):
+    """One problem, a part a solver."""
+
+    experiment, labels = "solver_speed", ("problem", "solver")
 
     def __init__(self, name: str, arguments: Arguments):
-        self.arguments, self.setting = arguments, _tiny(SETTINGS[name]) if arguments.smoke else SETTINGS[name]
-        self.name = name + ("-smoke" if arguments.smoke else "")
-        self.folder = arguments.out / "parts" / f"{self.name}-seed{arguments.seed}"
+        self.setting, self.seed = _tiny(SETTINGS[name]) if arguments.smoke else SETTINGS[name], arguments.seed
         squared = self.setting.loss == "squared_error"
         left_out = {part for part, fits in (("levenberg_marquardt", squared), ("scale", name == "float32")) if not fits}
-        self.parts = [part for part in PARTS if part not in left_out and self._installed(part)]
-
-    def _installed(self, part: str) -> bool:
-        library = PEERS[part][1] if part in PEERS else "jax"
-        found = importlib.util.find_spec(library) is not None
-        if not found:
-            print(f"{self.name}, {part}: skipped, {library} is not installed")
-        return found
+        parts = [part for part in PARTS if part not in left_out and _installed(name, part)]
+        super().__init__(name, parts, arguments, f"-seed{arguments.seed}")
 
     @functools.cached_property
     def problem(self) -> Problem:
         """The data and the start, once they are needed."""
-        return Problem(self.setting, self.arguments.seed)
+        return Problem(self.setting, self.seed)
 
-    @property
-    def record_path(self) -> Path:
-        """Where the record of the whole job is, or will be."""
-        return self.arguments.results / "solver_speed" / f"{self.name}.json"
-
-    def path(self, part: str) -> Path:
-        """Where a finished part is kept, for the record and for the next one."""
-        return self.folder / f"{part}.json"
-
-    def finished(self) -> bool:
-        """Whether the record of the whole job is there."""
-        return self.record_path.exists()
-
-    def done(self, part: str) -> bool:
-        """Whether a part needs no run."""
-        return self.finished() or self.path(part).exists()
-
-    def complete(self) -> bool:
-        """Whether nothing is left to run."""
-        return all(map(self.done, self.parts))
-
-    def show(self) -> None:
-        """Print the state of every part."""
-        for part in self.parts:
-            print(f"problem={self.name} solver={part}: {'done' if self.done(part) else 'to do'}")
-
-    def forget(self, parts: list[str]) -> None:
-        """Remove the record and these parts of it."""
-        for path in (self.record_path, *map(self.path, parts)):
-            path.unlink(missing_ok=True)
-
-    def run(self, part: str) -> None:
-        """Run one part, unless it is done."""
-        if self.done(part):
-            print(f"{self.name}, {part}: has a result already (--again runs it anew)")
-            return
-        print(f"{self.name}: {part}", flush=True)
-        records.keep(self._measure(part), self.path(part))
-
-    def _measure(self, part: str) -> dict[str, Any]:
+    def measure(self, part: str) -> dict[str, Any]:
+        """A solver's run, or what all runs need to know."""
         if part == "blocks":
             return fastest_block(self.problem)
         block_size = self._block_size()
@@ -606,15 +550,10 @@ class Job:
 
     # --- the record ------------------------------------------------------------------------------------------------
 
-    def record(self) -> dict[str, Any]:
-        """The problem's record, put together from its parts the first time."""
-        if not self.finished():
-            parts = {part: json.loads(self.path(part).read_text()) for part in self.parts}
-            curves = {name: self._priced(part["curve"]) for name, part in parts.items() if name in RUNS}
-            final = summary(parts, self.setting.steps)
-            records.write(records.new("solver_speed", self.name, self.config(), curves, final), self.arguments.results)
-        print(f"record: {self.record_path}")
-        return records.read(self.record_path)
+    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
+        """A curve a solver; the race."""
+        curves = {name: self._priced(part["curve"]) for name, part in parts.items() if name in RUNS}
+        return self.config(), curves, summary(parts, self.setting.steps)
 
     def _priced(self, curve: dict[str, list]) -> dict[str, list]:
         """The curve with its other two costs; operations are the model's, not the solver's own algebra."""
@@ -631,7 +570,15 @@ class Job:
         libraries = {library for name, (_, library) in PEERS.items() if name in self.parts}
         rules = {"memory": MEMORY, "slow_steps": SLOW_STEPS, "slow_seconds": SLOW, "same_loss": SAME_LOSS}
         versions = {"versions": {library: version(library) for library in sorted(libraries)}}
-        return {"seed": self.arguments.seed} | dataclasses.asdict(self.setting) | sizes | rules | versions
+        return {"seed": self.seed} | dataclasses.asdict(self.setting) | sizes | rules | versions
+
+
+def _installed(problem: str, part: str) -> bool:
+    library = PEERS[part][1] if part in PEERS else "jax"
+    found = importlib.util.find_spec(library) is not None
+    if not found:
+        print(f"{problem}, {part}: skipped, {library} is not installed")
+    return found
 
 
 def _tiny(setting: Setting) -> Setting:

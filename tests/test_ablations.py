@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablations
+from experiments import ablations, runs
 from experiments.records import read
 
 CHANGES = ("warm-up", "draws", "candidates")
@@ -52,7 +52,7 @@ def test_losses_at_equal_cost_are_interpolated_in_logarithms():
 
 @pytest.mark.parametrize(("values", "expected"), [((1.0, None, 3.0), 3.0), ((1.0, 2.0, None), 2.0), ((None,), None)])
 def test_a_loss_that_is_not_finite_counts_as_infinite(values: tuple, expected: float | None):
-    assert ablations.median(values) == expected
+    assert runs.median(values) == expected
 
 
 def test_an_unknown_study_is_refused(tmp_path: Path):

@@ -1,0 +1,140 @@
+"""An experiment's command: parts that are measured one by one and kept, and the records that they make together.
+
+A job is one record. What is interrupted goes on with its first unfinished part, and with the first unfinished run
+within it.
+"""
+
+import abc
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from experiments import records
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every experiment's command takes."""
+
+    out: Path = Path("out")
+    """Folder of figures and finished parts."""
+    results: Path = Path("out/results")
+    """Folder of records; experiments/results holds the committed ones."""
+    only: str | None = None
+    """Run a part: key=NAME, or several with commas between them; a wrong one is told what there is."""
+    list: bool = False
+    """Say which parts have a result, and run nothing."""
+    again: bool = False
+    """Run anew what has a result already."""
+    smoke: bool = False
+    """A few examples and steps, to see that it runs."""
+
+
+def chosen(only: str | None, names: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """What `--only key=NAME[,key=NAME]` picks; exits, saying what there is, for any other key or name."""
+    items = [item.partition("=") for item in only.split(",")] if only is not None else []
+    picked = {key: name for key, _, name in items}
+    if len(picked) < len(items) or any(name not in names.get(key, ()) for key, name in picked.items()):
+        several = ", or several with commas" if len(names) > 1 else ""
+        known = "; ".join(f"{key} one of {', '.join(values)}" for key, values in names.items())
+        sys.exit(f"--only must be {' or '.join(f'{key}=NAME' for key in names)}{several}; {known}. Found {only!r}.")
+    return picked
+
+
+class Job(abc.ABC):
+    """One record and its parts.
+
+    experiment: whose. labels: what its records and their parts are called in `--only` and `--list`.
+    """
+
+    experiment: ClassVar[str]
+    labels: ClassVar[tuple[str, str]]
+
+    def __init__(self, name: str, parts: Sequence[str], arguments: Options, suffix: str = ""):
+        """`suffix`: of the folder in which parts are kept."""
+        self.arguments, self.parts = arguments, parts
+        self.name = name + ("-smoke" if arguments.smoke else "")
+        self.folder = arguments.out / "parts" / (self.name + suffix)
+
+    @abc.abstractmethod
+    def measure(self, part: str) -> Any:
+        """The result of a part, as JSON can hold it."""
+
+    @abc.abstractmethod
+    def contents(self, parts: dict[str, Any]) -> tuple[Mapping, Mapping, Mapping]:
+        """The record's config, curves and final, from the results of all parts."""
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record is, or will be."""
+        return self.arguments.results / self.experiment / f"{self.name}.json"
+
+    def path(self, part: str) -> Path:
+        """Where a finished part is kept."""
+        return self.folder / f"{part}.json"
+
+    def done(self, part: str) -> bool:
+        """Whether a part needs no run."""
+        return self.record_path.exists() or self.path(part).exists()
+
+    def complete(self) -> bool:
+        """Whether nothing is left to run."""
+        return all(map(self.done, self.parts))
+
+    def show(self) -> None:
+        """Print the state of every part."""
+        for part in self.parts:
+            runs = len(list((self.folder / part).glob("*.json")))
+            kept = f", {runs} runs kept" if runs else ""
+            state = "done" if self.done(part) else "to do"
+            print(f"{self.labels[0]}={self.name} {self.labels[1]}={part}: {state}{kept}")
+
+    def forget(self, parts: Iterable[str]) -> None:
+        """Remove the record, and what these parts have kept."""
+        self.record_path.unlink(missing_ok=True)
+        for part in parts:
+            self.path(part).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+
+    def run(self, part: str) -> None:
+        """Run one part, unless it is done."""
+        if self.done(part):
+            print(f"{self.name}, {part}: has a result already (--again runs it anew)")
+            return
+        print(f"{self.name}: {part}", flush=True)
+        records.keep(self.measure(part), self.path(part))
+
+    def kept(self, part: str, run: str, measure: Callable[..., Any], *arguments: Any) -> Any:
+        """What one run of a part gave, now or when it was run."""
+        path = self.folder / part / f"{run}.json"
+        if not path.exists():
+            print(f"{self.name}: {part}, {run}", flush=True)
+            records.keep(measure(*arguments), path)
+        return json.loads(path.read_text())
+
+    def record(self) -> dict[str, Any]:
+        """The record, put together from its parts the first time."""
+        if not self.record_path.exists():
+            parts = {part: json.loads(self.path(part).read_text()) for part in self.parts}
+            records.write(records.new(self.experiment, self.name, *self.contents(parts)), self.arguments.results)
+        print(f"record: {self.record_path}")
+        return records.read(self.record_path)
+
+
+def run(jobs: Iterable[Job], arguments: Options, part: str | None) -> Iterator[dict[str, Any]]:
+    """Run what has no result yet, one part of each job or all; the records that are complete then."""
+    for job in jobs:
+        if arguments.list:
+            job.show()
+            continue
+        parts = [name for name in job.parts if part in (None, name)]
+        if arguments.again:
+            job.forget(parts)
+        for name in parts:
+            job.run(name)
+        if job.complete():
+            yield job.record()
