@@ -69,7 +69,9 @@ def linear_algebra_flops(solver: Any, parameters: int, examples: Sequence[int]) 
     rows = np.multiply(examples, CLASSES)
     if solver.curvature_ratio is not None:
         rows = np.maximum(solver.curvature_ratio * parameters, np.multiply(examples, solver.curvature_share))
-    return np.cumsum(rows * parameters**2 + len(solver.damping_factors) / 3 * parameters**3)
+    # One factorisation, and ten products with its inverse for each of the other dampings.
+    solving = parameters**3 / 3 + 20 * (len(solver.damping_factors) - 1) * parameters**2
+    return np.cumsum(rows * parameters**2 + solving)
 
 
 def finite(value: float) -> float | None:

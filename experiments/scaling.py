@@ -449,7 +449,7 @@ def _solve(
 ) -> tuple[Array, Any]:
     """The solution, and the products that it took."""
     if preconditioner:
-        solution, _, examples = form.solve(problem, w, kept, damping, grad)
+        (solution,), _, examples = form.solve(problem, w, kept, damping[None], grad)
         return solution, examples // kept.sample.count
 
     def product(v: Array) -> Array:

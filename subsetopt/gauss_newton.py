@@ -166,11 +166,10 @@ class GaussNewton:
         losses0 = state.evaluation.losses[positions]
         previous = jnp.any(memory.previous != 0)
         nothing = Choice(memory.previous, jnp.zeros_like(memory.damping), memory.damping, jnp.zeros((), np.int32))
-        choice, kept, products = nothing, memory.kept, 0
-        for factor in self.damping_factors:
-            damping = memory.damping * factor
-            solution, kept, examples = form.solve(problem, state.w, kept, damping, state.evaluation.grad)
-            products += examples
+        choice = nothing
+        dampings = memory.damping * jnp.asarray(self.damping_factors, memory.damping.dtype)
+        solutions, kept, products = form.solve(problem, state.w, memory.kept, dampings, state.evaluation.grad)
+        for damping, solution in zip(dampings, solutions, strict=True):
             for number, momentum in enumerate(self._momenta()):
                 move = solution + momentum * memory.previous
                 compare = partial(self._compare, problem, state.w, sample, losses0, damping, move)
