@@ -184,7 +184,8 @@ def _one_factor(a: Array, dampings: Array, b: Array) -> Array:
     """One factorisation, at the largest damping; on CPUs it costs as much as 25 substitutions.
 
     With M = (A + largest I)^-1, (A + damping I) x = b is (I - (largest - damping) M) x = M b. The condition number of
-    this is below largest / damping: where that is 4, CG has half of all digits after 7 products with M.
+    this is below largest / damping: where that is 4, CG has half of all digits after 7 products with M. It makes 20 at
+    most: dampings more than 30 times apart get fewer digits.
     """
     largest = jnp.max(dampings)
     inverse = functools.partial(cholesky_solve, _damped_factor(a, largest))
