@@ -32,18 +32,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import jobs
+from experiments import jobs, races
 from experiments.problems import PROBLEMS, Problem
-from experiments.runs import (
-    OPTIMIZERS,
-    adam,
-    columns,
-    finite,
-    first_order,
-    linear_algebra_flops,
-    loss_and_accuracy,
-    median,
-)
+from experiments.races import COSTS, TESTS, Row, lowest, of_budget
+from experiments.runs import OPTIMIZERS, adam, columns, finite, first_order, linear_algebra_flops, loss_and_accuracy
 from paper_figures import cost_to_loss as figure
 from subsetopt import (
     LBFGS,
@@ -66,11 +58,8 @@ FEW_EPOCHS = 30  # below it Adam wants larger rates
 FINETUNE_RATES = (3e-4, 1e-3, 3e-3)
 PAPER_RATIO, PAPER_RATE, PAPER_BATCH, PAPER_MOST = (4, 1e-3, 512, 100)  # most: the subset's share of cost, in epochs
 SLICE_STEPS, SLICES_EVERY = (12, 4)  # steps of first-order training timed at least, and fit steps between two timings
-COSTS = ("sample_grads", "flops", "seconds")
-MEASURED = ("full_loss", "test_loss", "test_accuracy")
+MEASURED = ("full_loss", *TESTS)
 DIVERGED = 100.0  # a loss above it; guessing costs log(10)
-SMALLEST = 1e-12  # a loss below it is float32's zero, which has no logarithm
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +154,6 @@ def tried(run: Callable[[float], Row], rates: Sequence[float], extensions: int) 
         elif best == rows[-1]["rate"]:
             rows = [*rows, run(RATES[RATES.index(best) + 1])]
     return rows
-
-
-def lowest(rows: Sequence[Row]) -> Row:
-    """The run that ended with the lowest loss; one that diverged has none."""
-    return min(rows, key=lambda row: math.inf if row["full_loss"] is None else row["full_loss"])
 
 
 def outcome(problem: Problem, result: FinetuneResult) -> Row:
@@ -406,7 +390,7 @@ class Job(jobs.Job):
         """A curve a method, of all its runs; the races."""
         per_epoch = seconds_per_epoch(parts["gauss_newton"])
         rows = Pricing(self.problem, per_epoch).rows(parts)
-        final = summary(rows, self.setting.budgets) | {"seconds_per_epoch": per_epoch}
+        final = races.summary(rows, self.setting.budgets, (*OURS, "paper")) | {"seconds_per_epoch": per_epoch}
         final |= {"status": {name: [part["status"] for part in parts[name]] for name in SOLVERS}}
         return self.config(), {method: columns(rows[method]) for method in METHODS}, final
 
@@ -473,98 +457,7 @@ class Pricing:
         return row | {key: row[f"fit_{key}"] + cost[key] for key in COSTS}
 
 
-# --- what came out -------------------------------------------------------------------------------------------------
-
-
-def of_budget(rows: Sequence[Row], epochs: int) -> list[Row]:
-    return [row for row in rows if row["budget_epochs"] == epochs]
-
-
-def summary(rows: dict[str, list[Row]], budgets: Sequence[int]) -> dict[str, Any]:
-    """For each budget: what Adam reached, and what it cost the others; then from which budget on they cost less."""
-    targets: dict[str, Any] = {}
-    for epochs in budgets:
-        mine = tuned(rows["adam"], epochs)
-        if mine["loss"] is not None:  # else it diverged: no target
-            races = {name: race(rows[name], mine) for name in (*OURS, "paper")}
-            sgd = {"sgd": tuned(rows["sgd"], epochs)} if of_budget(rows["sgd"], epochs) else {}
-            targets[str(epochs)] = {"adam": mine} | sgd | races
-    return {"targets": targets, "break_even": {name: break_evens(targets, name) for name in OURS}}
-
-
-def tuned(rows: Sequence[Row], epochs: int) -> Row:
-    """The winner of a budget on the first seed, over all seeds: losses, accuracy and cost."""
-    rows = of_budget(rows, epochs)
-    first = [row for row in rows if row["seed"] == rows[0]["seed"]]
-    choice = {key: lowest(first)[key] for key in ("rate", "batch_size")}
-    runs = [row for row in rows if all(row[key] == value for key, value in choice.items())]
-    losses = [row["full_loss"] for row in runs]
-    tests = {key: median([row[key] for row in runs]) for key in ("test_loss", "test_accuracy")}
-    cost = {key: runs[0][key] for key in COSTS}
-    return {"budget_epochs": epochs, "loss": median(losses), "losses": losses} | choice | tests | cost
-
-
-def race(rows: Sequence[Row], adam: Row) -> Row:
-    """When a method first has Adam's loss, by seed: costs, and Adam's costs over them."""
-    found = [cheapest([row for row in rows if row["seed"] == seed], adam["loss"]) for seed in seeds_of(rows)]
-    result: Row = {}
-    for key in (*COSTS, "test_loss", "test_accuracy"):
-        values = [None if point is None else point[key] for point in found]
-        result[key] = {"by_seed": values, "median": median(values)}
-    for key in COSTS:
-        costs = [*result[key]["by_seed"], result[key]["median"]]
-        *ratios, middle = [None if cost is None else adam[key] / cost for cost in costs]
-        result[f"{key}_ratio"] = {"by_seed": ratios, "median": middle}
-    return result
-
-
-def seeds_of(rows: Sequence[Row]) -> list[int]:
-    return sorted({row["seed"] for row in rows})
-
-
-def cheapest(rows: Sequence[Row], target: float) -> Row | None:
-    """Where a seed first has the loss; each fine-tuning is a run of its own, the other rows are one run's snapshots."""
-    runs = [[row] for row in rows] if "budget_epochs" in rows[0] else [rows]
-    found = [point for run in runs if (point := reached(run, target)) is not None]
-    return min(found, key=lambda point: point["sample_grads"], default=None)
-
-
-def reached(run: Sequence[Row], target: float) -> Row | None:
-    """The point at which a run first has the loss; between two snapshots its logarithm is taken to be linear."""
-    place = next((i for i, row in enumerate(run) if row["full_loss"] is not None and row["full_loss"] <= target), None)
-    if place is None:
-        return None
-    keys, after, share = (*COSTS, "test_loss", "test_accuracy"), run[place], 1.0
-    before = run[max(place - 1, 0)]
-    if place > 0 and before["full_loss"] is not None:
-        start, goal, end = (math.log(max(x, SMALLEST)) for x in (before["full_loss"], target, after["full_loss"]))
-        share = (start - goal) / (start - end) if start > end else 1.0
-    return {key: after[key] if share == 1.0 else before[key] + share * (after[key] - before[key]) for key in keys}
-
-
-def break_evens(targets: dict[str, Any], method: str) -> dict[str, float | None]:
-    """For each cost, the budget from which the method costs no more than Adam."""
-    found = {}
-    for key in COSTS:
-        ratios = {int(epochs): target[method][f"{key}_ratio"]["median"] for epochs, target in targets.items()}
-        found[key] = break_even(ratios)
-    return found
-
-
-def break_even(ratios: dict[int, float | None]) -> float | None:
-    """The smallest budget from which the ratio stays at 1 or above, interpolated in logarithms; None: there is none."""
-    budgets = sorted(ratios)
-    behind = [i for i, budget in enumerate(budgets) if (ratios[budget] or 0) < 1]
-    if not behind:
-        return budgets[0] if budgets else None
-    if behind[-1] == len(budgets) - 1:
-        return None
-    low, high = budgets[behind[-1] : behind[-1] + 2]
-    below, above = ratios[low], ratios[high]
-    if not below or not above:  # the loss of the smaller budget is never reached
-        return high
-    share = -math.log(below) / math.log(above / below)
-    return low * (high / low) ** share
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def print_table(record: dict[str, Any]) -> None:
