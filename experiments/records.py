@@ -67,7 +67,7 @@ def environment() -> dict[str, Any]:
         **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "precision": "float64" if jax.config.read("jax_enable_x64") else "float32",
     }
 
