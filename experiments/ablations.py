@@ -117,8 +117,9 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "candidates": {
         "gain ratio, one candidate": {"solver": GainRatio()},
         "three dampings": solver(damping_factors=(0.4, 1.0, 2.5)),
+        "50 trial examples": solver(trial_examples=50),
         "250 trial examples": solver(trial_examples=250),
-        "1,000 trial examples": solver(trial_examples=1000),
+        "500 trial examples": solver(trial_examples=500),
     },
 }
 

@@ -30,7 +30,8 @@ def figure(record: dict) -> Figure:
     for place, (_, ratios) in enumerate(lines):
         draw_variant(axes, place, ratios)
     axes.axvline(1, color=style.GREY, linewidth=0.8, zorder=0)
-    axes.set(xscale="log", xlim=(None, LARGEST), ylim=(len(lines) - 0.4, -0.6))
+    furthest = max(LARGEST if ratio is None else ratio for _, ratios in lines for ratio in ratios)
+    axes.set(xscale="log", xlim=(None, min(LARGEST, 1.1 * furthest)), ylim=(len(lines) - 0.4, -0.6))
     axes.set_yticks(range(len(lines)), [name for name, _ in lines])
     axes.tick_params(axis="y", length=0)
     style.label_ticks(axes.xaxis)

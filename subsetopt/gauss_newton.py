@@ -86,7 +86,7 @@ class GaussNewton:
     damping: float = 0.1
     damping_factors: tuple[float, ...] = (0.4, 1.5)
     momenta: tuple[float, ...] = (0.3, 0.6)
-    trial_examples: int = 500
+    trial_examples: int = 100
     linear_solve: str = "auto"
     cg_tolerance: float = 1e-2
     cg_max_steps: int = 50
