@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "experiments/results/cost_to_loss"
+ABLATIONS = ROOT / "experiments/results/ablations"
 
 
 def python_blocks_alone(markdown: str) -> str:
@@ -69,6 +70,12 @@ def headline(examples: int, target: dict) -> list[str]:
     return [f"{adam['loss']:.3g}", sgd, *reached, *(f"{test:.1%}" if test else "-" for test in tests)]
 
 
+def change_rows(readme: str) -> list[list[str]]:
+    """The cells of the rows that the README shows of the ablations, the name of the change first."""
+    table = readme.split("<!-- ablations -->")[1].split("<!-- end of ablations -->")[0].strip()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+
+
 def is_runnable(module: str) -> bool:
     """Whether `python -m module` finds something to run."""
     spec = importlib.util.find_spec(module)
@@ -107,6 +114,15 @@ def test_numbers_in_the_readme_stand_in_the_records(readme: str, dataset: str):
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
 def test_the_headline_of_the_readme_stands_in_the_records(readme: str, path: Path):
     assert [row for row in headline_rows(json.loads(path.read_text())) if row not in readme] == []
+
+
+@pytest.mark.parametrize("place, problem", [(1, "digits"), (2, "mnist14"), (3, "cifar16")])
+def test_the_ablations_of_the_readme_stand_in_the_records(readme: str, place: int, problem: str):
+    final = json.loads((ABLATIONS / f"{problem}.json").read_text())["final"]
+    medians = {name: found["median"][-1] for study in final.values() for name, found in study.items()}
+    rows = change_rows(readme)
+    assert rows
+    assert [row[place] for row in rows] == [f"{medians[row[0]] / medians['defaults']:.3g}" for row in rows]
 
 
 def test_blocks_keep_their_lines_and_their_order():
