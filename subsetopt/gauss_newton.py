@@ -27,6 +27,7 @@ from subsetopt.problem import GRADIENT, LOSS, PRODUCT, ROW, Problem
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
 _RAISE, _MAX_REJECTIONS = 4.0, 12  # damping after a rejected step; 4^12: seven orders of magnitude
+_LEAST_TRIAL, _PARAMETERS_PER_TRIAL = 100, 20  # examples that compare candidates (heuristic, measured)
 _ROUNDING = 0.1  # of the loss's eps: what summed differences resolve (heuristic)
 
 
@@ -72,6 +73,7 @@ class GaussNewton:
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
     trial_examples: examples on which candidates are compared; the whole subset where that is at most twice as large.
+        None: one for 20 parameters, at least 100.
     linear_solve: "dense" (Cholesky of A, P x P), "sample" (Cholesky in the space of the rows), "cg" (matrix-free), or
         "auto", the cheapest one by the cost model of `curvature.form_flops`.
     cg_tolerance, cg_max_steps: relative residual at which CG ends, and its cap (the best iterate is kept).
@@ -83,10 +85,10 @@ class GaussNewton:
     curvature_share: float = 0.25
     averaging: float = 0.3
     curvature_precision: str = "highest"
-    damping: float = 0.1
+    damping: float = 1.0
     damping_factors: tuple[float, ...] = (0.4, 1.5)
     momenta: tuple[float, ...] = (0.3, 0.6)
-    trial_examples: int = 100
+    trial_examples: int | None = None
     linear_solve: str = "auto"
     cg_tolerance: float = 1e-2
     cg_max_steps: int = 50
@@ -106,7 +108,8 @@ class GaussNewton:
         checks.real_number("GaussNewton.damping", self.damping, 0)
         checks.tuple_of(checks.positive, "GaussNewton.damping_factors", self.damping_factors)
         checks.tuple_of(checks.real_number, "GaussNewton.momenta", self.momenta, 0, 1)
-        checks.whole_number("GaussNewton.trial_examples", self.trial_examples, 1)
+        if self.trial_examples is not None:
+            checks.whole_number("GaussNewton.trial_examples", self.trial_examples, 1)
         checks.choice("GaussNewton.linear_solve", self.linear_solve, ("auto", "dense", "sample", "cg"))
         checks.choice("GaussNewton.curvature_precision", self.curvature_precision, PRECISIONS)
         checks.positive("GaussNewton.cg_tolerance", self.cg_tolerance)
@@ -194,7 +197,8 @@ class GaussNewton:
 
     def _trial_sample(self, problem: Problem, state: State, key: Array) -> tuple[Any, Sample]:
         """Positions in the subset, and the sample: of the whole subset where that is at most twice as large."""
-        size = min(2 * self.trial_examples, problem.examples)
+        trial = self.trial_examples or max(_LEAST_TRIAL, problem.parameters // _PARAMETERS_PER_TRIAL)
+        size = min(2 * trial, problem.examples)
 
         def whole() -> tuple[Any, Sample]:
             positions = jnp.arange(size, dtype=np.int32)
@@ -202,7 +206,7 @@ class GaussNewton:
             return positions, Sample(jnp.asarray(problem.subset[:size]), weights, jnp.asarray(problem.count))
 
         def drawn() -> tuple[Any, Sample]:
-            n = min(self.trial_examples, size)
+            n = min(trial, size)
             positions, sample = problem.draw(key, state.evaluation.uncertainty, n, np.int32(n))
             indices, weights = (jnp.pad(jnp.asarray(a), (0, size - n)) for a in sample[:2])
             return jnp.pad(positions, (0, size - n)), Sample(indices, weights, jnp.asarray(sample.count))

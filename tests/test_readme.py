@@ -116,7 +116,7 @@ def test_the_headline_of_the_readme_stands_in_the_records(readme: str, path: Pat
     assert [row for row in headline_rows(json.loads(path.read_text())) if row not in readme] == []
 
 
-@pytest.mark.parametrize("place, problem", [(1, "digits"), (2, "mnist14"), (3, "cifar16")])
+@pytest.mark.parametrize(("place", "problem"), [(1, "digits"), (2, "mnist14"), (3, "cifar16")])
 def test_the_ablations_of_the_readme_stand_in_the_records(readme: str, place: int, problem: str):
     final = json.loads((ABLATIONS / f"{problem}.json").read_text())["final"]
     medians = {name: found["median"][-1] for study in final.values() for name, found in study.items()}
