@@ -201,6 +201,7 @@ class Slices:
         self.add()  # compiles
         for values in self.seconds.values():
             values.clear()
+        self.add()
 
     def add(self) -> None:
         """Time one slice of each kind, outside of the precision and device of a fit, for which all is compiled anew."""
@@ -219,7 +220,7 @@ class Slices:
 
     def per_epoch(self) -> dict[str, float]:
         """Median seconds of an epoch, by optimizer and batch size."""
-        return {name: statistics.median(values) for name, values in self.seconds.items() if values}
+        return {name: statistics.median(values) for name, values in self.seconds.items()}
 
 
 class Watch:
@@ -255,7 +256,7 @@ class Watch:
 def fitted(problem: Problem, setting: Setting, method: str, seed: int) -> Row:
     """A fit with the package's defaults, and what an epoch of first-order training took meanwhile."""
     epochs = setting.lbfgs_epochs if method == "lbfgs" else setting.fit_epochs
-    slices = Slices(problem) if method == "gauss_newton" else None
+    slices = Slices(problem)
     watch, solver = Watch(SNAPSHOTS[method], epochs * problem.price.examples, slices), SOLVERS[method]
     options: Any = {"solver": solver, "seed": seed, "max_steps": setting.max_steps, "progress": False}
     fit = fit_subset(problem.network, problem.train, callback=watch, **options)
@@ -264,7 +265,7 @@ def fitted(problem: Problem, setting: Setting, method: str, seed: int) -> Row:
         reached = measured(problem, row.pop("params"))
         rows.append({"seed": seed} | with_flops(problem, solver, row, watch.examples) | reached)
     part = {"seed": seed, "status": fit.status.name, "compile_seconds": fit.compile_seconds, "rows": rows}
-    return part | {"seconds_per_epoch": slices.per_epoch() if slices else {}}
+    return part | {"seconds_per_epoch": slices.per_epoch()}
 
 
 def with_flops(problem: Problem, solver: Any, row: Row, examples: Sequence[int]) -> Row:
@@ -458,7 +459,7 @@ class Pricing:
     def _fitted(self, fit: Row) -> list[Row]:
         """Where first-order training took longer beside this fit than beside the median one, so did the fit."""
         own = fit["seconds_per_epoch"]
-        speed = statistics.median(self.per_epoch[kind] / own[kind] for kind in own) if own else 1.0
+        speed = statistics.median(self.per_epoch[kind] / own[kind] for kind in own)
         return [row | {"seconds": row["seconds"] * speed, "own_seconds": row["seconds"]} for row in fit["rows"]]
 
     def _fine_tuned(self, row: Row) -> Row:
