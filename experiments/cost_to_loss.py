@@ -67,6 +67,7 @@ class Setting:
     """How a problem is run.
 
     budgets: epochs of first-order runs. untuned: those that take rate and batch size of the next smaller budget.
+    same_batch: those that take its batch size only, and tune the rate at it.
     longest_sgd: the last budget at which SGD is run as well.
     fit_epochs, lbfgs_epochs: cost at which a fit ends. max_steps: of a fit, beyond what it needs. batch_sizes: tried.
     rates: how many are tried at first. extensions: how many more at most, while the best is at an edge.
@@ -76,6 +77,7 @@ class Setting:
 
     budgets: tuple[int, ...]
     untuned: tuple[int, ...] = ()
+    same_batch: tuple[int, ...] = ()
     longest_sgd: int = 1000
     fit_epochs: float = 40
     lbfgs_epochs: float = 60
@@ -90,7 +92,14 @@ class Setting:
 
     def tiny(self) -> "Setting":
         """So short that all of it takes seconds."""
-        runs: Row = {"budgets": (1, 2), "untuned": (2,), "seeds": (0, 1), "max_steps": 5, "finetune_epochs": (1,)}
+        runs: Row = {
+            "budgets": (1, 2),
+            "untuned": (2,),
+            "same_batch": (),
+            "seeds": (0, 1),
+            "max_steps": 5,
+            "finetune_epochs": (1,),
+        }
         tuning: Row = {"batch_sizes": (128,), "rates": 2, "extensions": 0}
         return dataclasses.replace(self, **runs, **tuning, paper_epochs=2, paper_whole=(1, 2))
 
@@ -102,7 +111,9 @@ SETTINGS = {
     "mnist28": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=10, fit_epochs=9, lbfgs_epochs=20, **SHORT_PAPER),
     "cifar16": Setting((3, 10, 30, 100, 300, 1000), untuned=(1000,), longest_sgd=30, fit_epochs=35),
     "cifar32-4k": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=30, fit_epochs=20),
-    "cifar32": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=10, fit_epochs=15, lbfgs_epochs=40, **SHORT_PAPER),
+    "cifar32": Setting(
+        (3, 10, 30, 100), untuned=(100,), same_batch=(30,), longest_sgd=3, fit_epochs=15, lbfgs_epochs=15, **SHORT_PAPER
+    ),
 }
 
 
@@ -355,15 +366,16 @@ class Job(jobs.Job):
             if epochs in self.setting.untuned:
                 rows.append(self._single(method, epochs, batch_size, first, rate))
             else:
-                tuning = self._tuning(method, epochs)
+                same = epochs in self.setting.same_batch
+                tuning = self._tuning(method, epochs, (batch_size,) if same else self.setting.batch_sizes)
                 batch_size, rate = (lowest(tuning)[key] for key in ("batch_size", "rate"))
                 rows += tuning
             rows += [self._single(method, epochs, batch_size, seed, rate) for seed in others]
         return rows
 
-    def _tuning(self, method: str, epochs: int) -> list[Row]:
+    def _tuning(self, method: str, epochs: int, batch_sizes: Sequence[int]) -> list[Row]:
         setting, rows = self.setting, []
-        for batch_size in setting.batch_sizes:
+        for batch_size in batch_sizes:
             run = functools.partial(self._single, method, epochs, batch_size, setting.seeds[0])
             rows += tried(run, ladder(method, epochs)[: setting.rates], setting.extensions)
         return rows

@@ -92,6 +92,23 @@ def test_ladder_goes_on_while_the_best_rate_is_at_its_edge(best: float, rates: l
     assert [row["rate"] for row in rows] == rates
 
 
+def test_budget_with_the_same_batch_tunes_the_rate_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def trained(_problem: Any, choice: Row) -> Row:
+        return run(abs(math.log(choice["rate"] / 1e-2)) + choice["batch_size"] / 1000, **choice)
+
+    setting = Setting((1, 3, 10), untuned=(10,), same_batch=(3,))
+    monkeypatch.setattr(cost_to_loss, "trained", trained)
+    monkeypatch.setitem(cost_to_loss.SETTINGS, "digits", setting)
+    rows = Job("digits", Arguments(out=tmp_path, results=tmp_path)).measure("adam")
+    tried = {epochs: [row for row in rows if row["budget_epochs"] == epochs] for epochs in setting.budgets}
+    assert {row["batch_size"] for row in tried[1]} == {128, 512}
+    assert {row["batch_size"] for row in tried[3]} == {128}
+    assert len({row["rate"] for row in tried[3]}) >= 3
+    assert {(row["batch_size"], row["rate"], row["seed"]) for row in tried[10]} == {
+        (128, 1e-2, seed) for seed in range(3)
+    }
+
+
 def test_every_ladder_can_be_extended():
     ladders = [cost_to_loss.ladder(method, epochs) for method in ("adam", "sgd") for epochs in (3, 1000)]
     places = [cost_to_loss.RATES.index(rate) for rates in ladders for rate in rates]
@@ -179,7 +196,8 @@ def test_fit_ends_at_its_cost_and_its_end_is_a_snapshot():
 def test_setting_leaves_no_budget_without_a_rate():
     for setting in (*cost_to_loss.SETTINGS.values(), Setting((3, 10)).tiny()):
         assert setting.budgets[0] not in setting.untuned
-        assert set(setting.untuned) <= set(setting.budgets)
+        assert setting.budgets[0] not in setting.same_batch
+        assert {*setting.untuned, *setting.same_batch} <= set(setting.budgets)
 
 
 # --- the figure ----------------------------------------------------------------------------------------------------
