@@ -86,8 +86,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "growth": {
         "from Q = 2": growth(start=2.0),
         "from Q = 8": growth(start=8.0),
-        "by 1.1 a step": growth(factor=1.1),
-        "by 1.3 a step": growth(factor=1.3),
+        "by 1.05 a step": growth(factor=1.05),
+        "by 1.2 a step": growth(factor=1.2),
         "stages end by the probe": {"until": "representative"} | growth(factor=2.0),
     },
     "warm-up": {

@@ -94,7 +94,7 @@ class GaussNewton:
     cg_max_steps: int = 50
     tolerance: float | None = None
 
-    growth: ClassVar[Growth] = Growth(start=4, factor=1.2, nested=False)
+    growth: ClassVar[Growth] = Growth(start=4, factor=1.1, nested=False)
     until: ClassVar[str | int] = 1
     max_steps: ClassVar[int] = 80
     check_every: ClassVar[int] = 1
