@@ -98,6 +98,11 @@ def _signs(outputs: int, dtype: Any, key: Array, positions: Array) -> Array:
 class Form(Protocol):
     """What GaussNewton asks of a form; the rows and products that it counts are priced in `problem`."""
 
+    @property
+    def recipe(self) -> Recipe:
+        """How curvature is sampled."""
+        ...
+
     def empty(self, problem: Problem, w: Array) -> Any:
         """The pytree before the first sample."""
         ...
@@ -145,7 +150,7 @@ class Dense:
         # The new rows are added onto the old matrix: no second one is ever held.
         onto, weights = _shares(old, kept, jnp.asarray(sample.weights))
         with self.recipe.fast():
-            a = problem.gram(w, sample._replace(weights=weights), u, onto)
+            a = problem.gram(w, sample._replace(weights=weights), u, onto, self.recipe.rows)
         return Matrix(a, kept.samples + 1), self.recipe.cost(problem, sample)
 
     def mean_diagonal(self, problem: Problem, w: Array, kept: Matrix, key: Array) -> tuple[Array, Any]:
@@ -248,9 +253,9 @@ class SampleSpace:
         sample, u = self.recipe.draw(problem, uncertainty, key)
         with self.recipe.fast():
             new = problem.rows(w, sample, u)
-            rows, c = (new, None) if u is not None else new
-            kept = _pushed(self.window, self.recipe.averaging, kept, rows, c)
-        return kept, self.recipe.cost(problem, sample)
+        rows, c = (new, None) if u is not None else new
+        # R R' at full precision: it has to be that of the very rows that solutions are made of.
+        return _pushed(self.window, self.recipe.averaging, kept, rows, c), self.recipe.cost(problem, sample)
 
     def mean_diagonal(self, problem: Problem, w: Array, kept: RowSpace, key: Array) -> tuple[Array, Any]:
         """From trace(R R') = trace(R'R)."""

@@ -5,6 +5,9 @@ threads spin on after every call and take the cores from the product that follow
 small for threads here. Left-looking blocked Cholesky: Golub and Van Loan, Matrix Computations (2013), section 4.2.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -18,15 +21,33 @@ _LARGE = 5000
 def add_gram(gram: Array, rows: Array) -> Array:
     """The lower triangle of gram + R'R, gram (P, P) and R = rows (n, P); what is above the diagonal means nothing.
 
-    The product has the precision that is the default where this is called.
+    The product has the precision that is the default where this is called. At "bfloat16" the rows are rounded to it
+    and their products summed up in the dtype of gram: the result is that of rows a little off, definite as ever.
     """
     p = gram.shape[0]
+    product = _rounded_product(rows) if jax.config.jax_default_matmul_precision == "bfloat16" else _plain_product(rows)
     height = -(-p // min(max(p // 1000, _PANELS[0]), _PANELS[1]))
     for start in range(0, p, height):
         stop = min(start + height, p)
-        panel = lax.slice(gram, (start, 0), (stop, stop)) + rows[:, start:stop].T @ rows[:, :stop]
+        panel = lax.slice(gram, (start, 0), (stop, stop)) + product(start, stop)
         gram = lax.dynamic_update_slice(gram, panel, (start, 0))
     return gram
+
+
+def _plain_product(rows: Array) -> Callable[[int, int], Array]:
+    """Rows start to stop of R'R, up to its diagonal."""
+    return lambda start, stop: rows[:, start:stop].T @ rows[:, :stop]
+
+
+def _rounded_product(rows: Array) -> Callable[[int, int], Array]:
+    """The same with R rounded to bfloat16; on CPUs with matrix units four times as fast."""
+    # Both factors in memory with n along the rows, which is what XLA's fast kernels ask for; a bare transpose it would
+    # fold into the product again. The condition always holds.
+    columns = jnp.where(jnp.arange(rows.shape[1])[:, None] >= 0, rows.T, 0).astype(jnp.bfloat16)
+    along = (((1,), (1,)), ((), ()))
+    return lambda start, stop: lax.dot_general(
+        columns[start:stop], columns[:stop], along, preferred_element_type=rows.dtype
+    )
 
 
 def cholesky(a: Array) -> Array:

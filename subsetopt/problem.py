@@ -25,7 +25,7 @@ from subsetopt.model import Constants, Model, Params, prepare
 # Price of one example in sample_grads.
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
 
-_ROW_BLOCK_NUMBERS = 1 << 24  # in a block of Jacobian rows: 64 MB in float32
+_ROW_BLOCK, _ROW_BLOCK_NUMBERS = 2048, 1 << 25  # most rows in a block of them, and numbers: 128 MB in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,15 +273,16 @@ class Problem:
         shared = (w, v, self.constants)
         return self._reduce(_product_block, self.objective, _zeros(w), shared, sample)[0] + self.real(self.l2) * v
 
-    def gram(self, w: Array, sample: Sample, u: Any, onto: Array | None = None) -> Array:
+    def gram(self, w: Array, sample: Sample, u: Any, onto: Array | None = None, least: int | None = None) -> Array:
         """Lower triangle of `onto` + sum_i weight_i r_i r_i' with rows r_i = J_i'B_i u_i, (P, P); costs ROW * n.
 
         u: (n, M); random signs make the sum an unbiased estimate of J'HJ. None: all M rows of each example, which
-        make it exact and cost ROW * M * n.
+        make it exact and cost ROW * M * n. least: a number of examples for which no block is partly empty.
         """
         onto = jnp.zeros((self.parameters, self.parameters), w.dtype) if onto is None else onto
         kernel, extra = (_whole_gram_block, ()) if u is None else (_gram_block, (u,))
-        return self._reduce(kernel, self.objective, onto, (w, self.constants), sample, extra, self._row_block(u))[0]
+        size = self._row_block(u, least)
+        return self._reduce(kernel, self.objective, onto, (w, self.constants), sample, extra, size)[0]
 
     def rows(self, w: Array, sample: Sample, u: Any) -> Any:
         """The rows sqrt(weight_i) r_i of `gram` themselves, (n, P).
@@ -300,10 +301,11 @@ class Problem:
         data = (self.x, self.y)
         return self.driver.reduce(kernel, static, sums, shared, data, sample, extra, size or self.block_size)
 
-    def _row_block(self, u: Any) -> int:
+    def _row_block(self, u: Any, least: int | None = None) -> int:
         """Examples a block of rows: as many rows as large products like, fewer where they are long."""
-        rows = min(max(_ROW_BLOCK_NUMBERS // self.parameters, 64), 1024)
-        return self.driver.devices.even(rows if u is not None else -(-rows // self.outputs))
+        size = min(max(_ROW_BLOCK_NUMBERS // self.parameters, 64), _ROW_BLOCK)
+        size = size if u is not None else -(-size // self.outputs)
+        return self.driver.devices.even(size if least is None else -(-least // -(-least // size)))
 
     def real(self, value: Any) -> Any:
         """A number of Python in the dtype of the problem."""
