@@ -63,6 +63,20 @@ def test_gram_adds_the_rows_to_the_lower_triangle(p: int, n: int, dtype: type):
     assert np.all(np.abs(np.asarray(found, np.float64) - expected)[lower] <= bound[lower])
 
 
+@pytest.mark.parametrize("p", [5, 257, 1000])
+def test_gram_of_rounded_rows_is_that_of_the_rows_after_rounding(p: int, dtype: type):
+    """Not of rounded products or sums: it stays as definite as ever."""
+    rng = np.random.default_rng(p)
+    rows = rng.standard_normal((37, p)).astype(dtype)
+    with jax.default_matmul_precision("bfloat16"):
+        found = ADD_GRAM(jnp.zeros((p, p), dtype), rows)
+    assert found.dtype == dtype
+    rounded = np.asarray(jnp.asarray(rows).astype(jnp.bfloat16).astype(dtype))
+    bound = 40 * float(np.finfo(np.float32).eps) * np.abs(rounded.T) @ np.abs(rounded)
+    assert np.all(np.tril(np.abs(found - rounded.T @ rounded) <= bound) | ~np.tri(p, dtype=bool))
+    assert not np.allclose(np.tril(found), np.tril(rows.T @ rows), rtol=1e-4, atol=1e-4)
+
+
 @every_size
 @every_condition
 @pytest.mark.parametrize("smooth", [False, True])
