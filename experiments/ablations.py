@@ -99,6 +99,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "0.25 rows a parameter": solver(curvature_ratio=0.25),
         "1 row a parameter": solver(curvature_ratio=1.0),
         "all rows of every example": solver(curvature_ratio=None),
+        "rows rounded to bfloat16": solver(curvature_precision="bfloat16"),
     },
     "draws": {
         "rows drawn uniformly": {"solver": OtherDraw(draw="uniform")},

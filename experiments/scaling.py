@@ -149,7 +149,7 @@ class Looking:
 def recipe_of(solver: GaussNewton, parameters: int) -> curvature.Recipe:
     """What a solver asks of a form of its system."""
     rows = int(np.ceil((solver.curvature_ratio or 1) * parameters))
-    precision, steps = solver.curvature_precision or "highest", solver.cg_max_steps
+    precision, steps = solver.curvature_precision, solver.cg_max_steps
     return curvature.Recipe(rows, solver.curvature_share, solver.averaging, precision, solver.cg_tolerance, steps)
 
 

@@ -98,11 +98,6 @@ def _signs(outputs: int, dtype: Any, key: Array, positions: Array) -> Array:
 class Form(Protocol):
     """What GaussNewton asks of a form; the rows and products that it counts are priced in `problem`."""
 
-    @property
-    def recipe(self) -> Recipe:
-        """How curvature is sampled."""
-        ...
-
     def empty(self, problem: Problem, w: Array) -> Any:
         """The pytree before the first sample."""
         ...

@@ -405,7 +405,7 @@ class _Fit:
         )
 
     def _precision(self) -> dict[str, str]:
-        curvature = self.solver.precision(self.problem) if isinstance(self.solver, GaussNewton) else "highest"
+        curvature = getattr(self.solver, "curvature_precision", "highest")
         return {"dtype": str(self.problem.dtype), "matmul": "highest", "curvature": curvature}
 
     # --- checkpoints -----------------------------------------------------------------------------------------------

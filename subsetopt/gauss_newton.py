@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from subsetopt import checks
-from subsetopt.curvature import PRECISIONS, Dense, Form, Recipe, form_of
+from subsetopt.curvature import PRECISIONS, Form, Recipe, form_of
 from subsetopt.drivers import Sample
 from subsetopt.growth import Growth
 from subsetopt.problem import GRADIENT, LOSS, PRODUCT, ROW, Problem
@@ -68,8 +68,8 @@ class GaussNewton:
     averaging: weight of the older curvature, A = averaging A_old + (1 - averaging) A_new; in the CG form, the share of
         examples kept from step to step.
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
-        "bfloat16" use fast matrix units. Losses and gradients are always at "highest". None: "bfloat16" for the P x P
-        matrix of sampled rows in float32, for its rounding is far below the error of sampling; else "highest".
+        "bfloat16" use fast matrix units: "bfloat16" rounds the rows of the dense form, on CPUs too, which large steps
+        gain from and late ones suffer from. Losses and gradients are always at "highest".
     damping: first lam, as a fraction of the mean diagonal of A.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
@@ -85,7 +85,7 @@ class GaussNewton:
     curvature_ratio: float | None = 0.5
     curvature_share: float = 0.25
     averaging: float = 0.3
-    curvature_precision: str | None = None
+    curvature_precision: str = "highest"
     damping: float = 1.0
     damping_factors: tuple[float, ...] = (0.4, 1.5)
     momenta: tuple[float, ...] = (0.3, 0.6)
@@ -112,8 +112,7 @@ class GaussNewton:
         if self.trial_examples is not None:
             checks.whole_number("GaussNewton.trial_examples", self.trial_examples, 1)
         checks.choice("GaussNewton.linear_solve", self.linear_solve, ("auto", "dense", "sample", "cg"))
-        if self.curvature_precision is not None:
-            checks.choice("GaussNewton.curvature_precision", self.curvature_precision, PRECISIONS)
+        checks.choice("GaussNewton.curvature_precision", self.curvature_precision, PRECISIONS)
         checks.positive("GaussNewton.cg_tolerance", self.cg_tolerance)
         checks.whole_number("GaussNewton.cg_max_steps", self.cg_max_steps, 1)
         if self.tolerance is not None:
@@ -141,17 +140,11 @@ class GaussNewton:
 
     # --- curvature -------------------------------------------------------------------------------------------------
 
-    def precision(self, problem: Problem) -> str:
-        """What `curvature_precision` is on this problem."""
-        return self._form(problem).recipe.precision
-
     def _form(self, problem: Problem) -> Form:
         rows = None if self.curvature_ratio is None else math.ceil(self.curvature_ratio * problem.parameters)
         sampling = rows, self.curvature_share, self.averaging
-        recipe = Recipe(*sampling, self.curvature_precision or "highest", self.cg_tolerance, self.cg_max_steps)
-        form = form_of(problem, recipe, self.linear_solve, len(self.damping_factors))
-        coarse = self.curvature_precision is None and rows is not None and problem.dtype == np.float32
-        return Dense(dataclasses.replace(recipe, precision="bfloat16")) if coarse and isinstance(form, Dense) else form
+        recipe = Recipe(*sampling, self.curvature_precision, self.cg_tolerance, self.cg_max_steps)
+        return form_of(problem, recipe, self.linear_solve, len(self.damping_factors))
 
     def _with_curvature(self, problem: Problem, form: Form, state: State) -> State:
         """The state with a curvature sample taken at its point, and a damping where there was none."""

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,30 +92,6 @@ def test_curvature_may_be_coarse_and_the_result_says_so(linear_solve: str):
     result = fit(solver, max_steps=5)
     assert result.precision == {"dtype": "float32", "matmul": "highest", "curvature": "bfloat16"}
     assert result.loss < 0.5
-
-
-@pytest.mark.parametrize(
-    ("options", "precision"),
-    [
-        ({"linear_solve": "dense"}, "bfloat16"),
-        ({"linear_solve": "sample"}, "highest"),
-        ({"linear_solve": "cg"}, "highest"),
-        ({"linear_solve": "dense", "curvature_ratio": None}, "highest"),
-        ({"linear_solve": "dense", "curvature_precision": "tensorfloat32"}, "tensorfloat32"),
-    ],
-)
-def test_only_sampled_rows_of_a_dense_matrix_are_rounded_by_default(options: dict[str, Any], precision: str):
-    assert fit(GaussNewton(**options), max_steps=1).precision["curvature"] == precision
-
-
-def test_nothing_is_rounded_in_float64():
-    with jax.enable_x64(True):
-        x = MLP.x.astype(np.float64)
-        params = jax.tree.map(lambda a: np.asarray(a, np.float64), MLP.params)
-        result = fit_subset(
-            MLP.apply, (x, MLP.y), params, solver=GaussNewton(linear_solve="dense"), max_steps=1, **WHOLE
-        )
-    assert result.precision == {"dtype": "float64", "matmul": "highest", "curvature": "highest"}
 
 
 def test_line_search_needs_hardly_more_than_one_evaluation_a_step_where_float32_ends():
