@@ -117,9 +117,9 @@ def fit_subset(
         solver: GaussNewton() (None) or LBFGS().
         growth: ratios of the stages; None: the solver's own, `solver.growth`.
         until: when a stage ends. "representative": the probe's loss falls by less than 0.5 % between two checks;
-            "converged": the subset's minimum; a number: that many steps. None: the solver's own. The last stage goes
-            on until it has converged, target_loss or max_steps; with "representative" and a subset as last stage, the
-            probe ends that one too.
+            "converged": the subset's minimum; a number: that many steps, and more where the last one was rejected on a
+            fresh subset. None: the solver's own. The last stage goes on until it has converged, target_loss or
+            max_steps; with "representative" and a subset as last stage, the probe ends that one too.
         warmup_epochs: Adam on mini-batches of 32 (2e-2, cosine decay, no l2) before the first step, in epochs; 0: none.
         seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
         l2: adds l2/2 |w|^2 over trainable parameters.
@@ -274,10 +274,14 @@ class _Fit:
             self._remember_slopes()
         progress = self._record()
         bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
-        if self.fresh and not self.state.known:  # the step was taken
+        if self.fresh and not self._rejected():
             self.problem = self._subset()
         if callback is not None and callback(progress):
             self.status = Status.STOPPED
+
+    def _rejected(self) -> bool:
+        """Whether the last step on a fresh subset was not taken; the next one tries again there, at no new gradient."""
+        return self.fresh and bool(self.state.known)
 
     def _remember_slopes(self) -> None:
         """What this subset has shown of its examples."""
@@ -318,7 +322,7 @@ class _Fit:
         if self.until == "representative" and self.probe is not None and self._probe_is_outside():
             if self._told_all():
                 return Status.REPRESENTATIVE
-        elif not last and isinstance(self.until, int) and self.stage_steps >= self.until:
+        elif not last and isinstance(self.until, int) and self.stage_steps >= self.until and not self._rejected():
             return Status.MAX_STEPS
         return Status.MAX_STEPS if self.n_steps >= self.max_steps else Status.RUNNING
 

@@ -1,5 +1,6 @@
 """fit_subset as a user meets it: stages, ends, models of every kind, masks, interruption."""
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subsetopt import LBFGS, GaussNewton, Growth, Status, fit_subset
+from subsetopt import LBFGS, GaussNewton, Growth, Progress, Status, fit_subset
 from subsetopt.timing import compiled_programs
 
 SOLVERS = [GaussNewton(), GaussNewton(linear_solve="cg"), LBFGS()]
@@ -107,6 +108,20 @@ def test_a_share_that_rounds_up_in_float32_draws_no_row_too_many(data, share, ex
     )
     assert result.n_steps == 2
     assert result.loss < np.log(3)
+
+
+def test_rejected_step_is_tried_again_on_its_subset_and_costs_no_gradient(data):
+    """With hardly any damping, first steps go too far."""
+    seen: list[Progress] = []
+    solver, growth = GaussNewton(damping=1e-6, momenta=(0.0,)), Growth(4, 1.5, nested=False)
+    fit_subset(Net(), data, solver=solver, growth=growth, max_steps=12, callback=seen.append, **QUIET)
+    weights = [np.concatenate([leaf.ravel() for leaf in leaves(progress.params)]) for progress in seen]
+    rejected = [np.array_equal(old, new) for old, new in itertools.pairwise(weights)]
+    assert 0 < sum(rejected[:-1]) < len(rejected)
+    for again, (last, new) in zip(rejected, itertools.pairwise(seen[1:]), strict=False):
+        if again and last.examples < 300:
+            assert new.examples == last.examples
+            assert new.sample_grads - last.sample_grads < last.examples
 
 
 def test_fresh_subsets_that_grow_by_schedule_have_no_probe(data):
