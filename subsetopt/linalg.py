@@ -25,7 +25,8 @@ def add_gram(gram: Array, rows: Array) -> Array:
     and their products summed up in the dtype of gram: the result is that of rows a little off, definite as ever.
     """
     p = gram.shape[0]
-    product = _rounded_product(rows) if jax.config.jax_default_matmul_precision == "bfloat16" else _plain_product(rows)
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]: made at run time
+    product = (_rounded_product if precision == "bfloat16" else _plain_product)(rows)
     height = -(-p // min(max(p // 1000, _PANELS[0]), _PANELS[1]))
     for start in range(0, p, height):
         stop = min(start + height, p)
