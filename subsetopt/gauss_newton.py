@@ -68,8 +68,8 @@ class GaussNewton:
     averaging: weight of the older curvature, A = averaging A_old + (1 - averaging) A_new; in the CG form, the share of
         examples kept from step to step.
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
-        "bfloat16" use fast matrix units: "bfloat16" rounds the rows of the dense form, on CPUs too, which large steps
-        gain from and late ones suffer from. Losses and gradients are always at "highest".
+        "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
+        large, more steps where the loss gets small. Losses and gradients are always at "highest".
     damping: first lam, as a fraction of the mean diagonal of A.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
