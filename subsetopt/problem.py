@@ -305,7 +305,10 @@ class Problem:
         """Examples a block of rows: as many rows as large products like, fewer where they are long."""
         size = min(max(_ROW_BLOCK_NUMBERS // self.parameters, 64), _ROW_BLOCK)
         size = size if u is not None else -(-size // self.outputs)
-        return self.driver.devices.even(size if least is None else -(-least // -(-least // size)))
+        if least is not None:
+            blocks = -(-least // size)
+            size = -(-least // blocks)
+        return self.driver.devices.even(size)
 
     def real(self, value: Any) -> Any:
         """A number of Python in the dtype of the problem."""
