@@ -56,6 +56,7 @@ class GainRatio(GaussNewton):
 
     damping_factors: tuple[float, ...] = (1.0,)
     momenta: tuple[float, ...] = (0.6,)
+    length_factor: float = 1.0
 
     def _best_candidate(self, problem: Any, form: Any, state: Any) -> Any:
         state, choice = super()._best_candidate(problem, form, state)
@@ -118,6 +119,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "candidates": {
         "gain ratio, one candidate": {"solver": GainRatio()},
         "three dampings": solver(damping_factors=(0.4, 1.0, 2.5)),
+        "one length": solver(length_factor=1.0),
         "50 trial examples": solver(trial_examples=50),
         "250 trial examples": solver(trial_examples=250),
         "500 trial examples": solver(trial_examples=500),

@@ -5,8 +5,8 @@
 Gauss-Newton and its damping: Nocedal and Wright, Numerical Optimization (2006), section 10.3; Martens, Deep learning
 via Hessian-free optimization (2010), for J'HJ with the output Hessian H and curvature on a sample. Ours, all of them
 heuristics chosen by measurement (experiments/ablations.py): one random row an example drawn by output uncertainty, a
-little averaging over steps, and damping and momentum picked among candidates by the loss on a small sample instead of
-a gain ratio.
+little averaging over steps, and damping, momentum and length picked among candidates by the loss on a small sample
+instead of a gain ratio.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from subsetopt.solve import State, Status, charged, ended, evaluated, moved, sta
 
 _RAISE, _MAX_REJECTIONS = 4.0, 12  # damping after a rejected step; 4^12: seven orders of magnitude
 _LEAST_TRIAL, _PARAMETERS_PER_TRIAL = 100, 20  # examples that compare candidates (heuristic, measured)
+_LENGTHS = 0.2, 5.0  # of one step: beyond them none is tried (heuristic)
 _ROUNDING = 0.1  # of the loss's eps: what summed differences resolve (heuristic)
 
 
@@ -73,6 +74,9 @@ class GaussNewton:
     damping: first lam, as a fraction of the mean diagonal of A.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
+    length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
+        the minimum where loss and curvature fall together; where no candidate lowers the loss, it is shortened until it
+        does. From a fifth to five times as long; 1: as it is.
     trial_examples: examples on which candidates are compared; the whole subset where that is at most twice as large.
         None: one for 20 parameters, at least 100.
     linear_solve: "dense" (Cholesky of A, P x P), "sample" (Cholesky in the space of the rows), "cg" (matrix-free), or
@@ -89,6 +93,7 @@ class GaussNewton:
     damping: float = 1.0
     damping_factors: tuple[float, ...] = (0.4, 1.5)
     momenta: tuple[float, ...] = (0.3, 0.6)
+    length_factor: float = 1.5
     trial_examples: int | None = None
     linear_solve: str = "auto"
     cg_tolerance: float = 1e-2
@@ -109,6 +114,7 @@ class GaussNewton:
         checks.real_number("GaussNewton.damping", self.damping, 0)
         checks.tuple_of(checks.positive, "GaussNewton.damping_factors", self.damping_factors)
         checks.tuple_of(checks.real_number, "GaussNewton.momenta", self.momenta, 0, 1)
+        checks.real_number("GaussNewton.length_factor", self.length_factor, 1)
         if self.trial_examples is not None:
             checks.whole_number("GaussNewton.trial_examples", self.trial_examples, 1)
         checks.choice("GaussNewton.linear_solve", self.linear_solve, ("auto", "dense", "sample", "cg"))
@@ -163,14 +169,14 @@ class GaussNewton:
     # --- candidates ------------------------------------------------------------------------------------------------
 
     def _best_candidate(self, problem: Problem, form: Form, state: State) -> tuple[State, Choice]:
-        """The step with the lowest loss difference on the trial sample; a difference of zero: none lowers it."""
+        """The step with the lowest loss difference on the trial sample; none lowers the loss unless it is negative."""
         memory: Memory = state.memory
         key, draw = jax.random.split(memory.key)
         positions, sample = self._trial_sample(problem, state, draw)
         losses0 = state.evaluation.losses[positions]
         previous = jnp.any(memory.previous != 0)
-        nothing = Choice(memory.previous, jnp.zeros_like(memory.damping), memory.damping, jnp.zeros((), np.int32))
-        choice = nothing
+        infinite = jnp.full_like(memory.damping, jnp.inf)
+        choice = Choice(memory.previous, infinite, memory.damping, jnp.zeros((), np.int32))
         dampings = memory.damping * jnp.asarray(self.damping_factors, memory.damping.dtype)
         solutions, kept, products = form.solve(problem, state.w, memory.kept, dampings, state.evaluation.grad)
         for damping, solution in zip(dampings, solutions, strict=True):
@@ -179,6 +185,8 @@ class GaussNewton:
                 compare = partial(self._compare, problem, state.w, sample, losses0, damping, move)
                 # Without a previous step all momenta are the same.
                 choice = problem.driver.cond(previous | (number == 0), compare, lambda choice: choice, choice)
+        if self.length_factor > 1:
+            choice = self._rescaled(problem, state.w, sample, losses0, choice)
         state = charged(charged(state, PRODUCT, products), LOSS, choice.tried * sample.count)
         return state.replace(memory=memory._replace(key=key, kept=kept)), choice
 
@@ -191,6 +199,24 @@ class GaussNewton:
         new = Choice(move, difference, damping, best.tried + 1)
         keep = best._replace(tried=new.tried)
         return problem.driver.cond(difference < best.difference, lambda: new, lambda: keep)
+
+    def _rescaled(self, problem: Problem, w: Array, sample: Sample, losses0: Array, picked: Choice) -> Choice:
+        """The picked step, longer while that is better; where it raises the loss, shorter until it lowers it."""
+        lowers, (shortest, longest) = picked.difference < 0, _LENGTHS
+        factor = jnp.where(lowers, self.length_factor, 1 / self.length_factor).astype(w.dtype)
+
+        def on(carry: tuple[Choice, Array, Any]) -> Any:
+            _, length, goes_on = carry
+            return goes_on & (length > shortest) & (length < longest)
+
+        def rescale(carry: tuple[Choice, Array, Any]) -> tuple[Choice, Array, Any]:
+            best, length, _ = carry
+            length = factor * length
+            new = self._compare(problem, w, sample, losses0, picked.damping, length * picked.move, best)
+            return new, length, jnp.where(lowers, new.difference < best.difference, ~(new.difference < 0))
+
+        begin = picked, jnp.ones_like(factor), jnp.isfinite(picked.difference)
+        return problem.driver.while_loop(on, rescale, begin)[0]
 
     def _momenta(self) -> tuple[float, ...]:
         """Candidates for m; zero as well for the classical method."""

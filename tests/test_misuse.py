@@ -301,6 +301,7 @@ GAUSS_NEWTON: Mistakes = {
     "with a bare factor": ({"damping_factors": 0.5}, "GaussNewton.damping_factors", "0.5", "0.5,"),
     "with a factor of 0": ({"damping_factors": (0.5, 0)}, "GaussNewton.damping_factors", "0", NOT_ZERO),
     "with a momentum of 1": ({"momenta": (0.5, 1.0)}, "GaussNewton.momenta", "1.0", "0"),
+    "that shortens": ({"length_factor": 0.5}, "GaussNewton.length_factor", "0.5", "=1"),
     "without trial examples": ({"trial_examples": 0}, "GaussNewton.trial_examples", "0", "=1"),
     "by LU": ({"linear_solve": "lu"}, "GaussNewton.linear_solve", "'lu'", "pick one"),
     "at a coarser precision": ({"curvature_precision": "fp8"}, "GaussNewton.curvature_precision", "'fp8'", "pick one"),
