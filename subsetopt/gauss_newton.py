@@ -174,17 +174,22 @@ class GaussNewton:
         key, draw = jax.random.split(memory.key)
         positions, sample = self._trial_sample(problem, state, draw)
         losses0 = state.evaluation.losses[positions]
-        previous = jnp.any(memory.previous != 0)
-        infinite = jnp.full_like(memory.damping, jnp.inf)
-        choice = Choice(memory.previous, infinite, memory.damping, jnp.zeros((), np.int32))
         dampings = memory.damping * jnp.asarray(self.damping_factors, memory.damping.dtype)
         solutions, kept, products = form.solve(problem, state.w, memory.kept, dampings, state.evaluation.grad)
-        for damping, solution in zip(dampings, solutions, strict=True):
-            for number, momentum in enumerate(self._momenta()):
-                move = solution + momentum * memory.previous
-                compare = partial(self._compare, problem, state.w, sample, losses0, damping, move)
-                # Without a previous step all momenta are the same.
-                choice = problem.driver.cond(previous | (number == 0), compare, lambda choice: choice, choice)
+        momenta = jnp.asarray(self._momenta(), memory.damping.dtype)
+        # Without a previous step all momenta are the same.
+        stride = jnp.where(jnp.any(memory.previous != 0), 1, len(momenta)).astype(np.int32)
+
+        def compare(carry: tuple[Choice, Array]) -> tuple[Choice, Array]:
+            best, number = carry
+            damping, momentum = number // len(momenta), momenta[number % len(momenta)]
+            move = solutions[damping] + momentum * memory.previous
+            return self._compare(problem, state.w, sample, losses0, dampings[damping], move, best), number + stride
+
+        zero = jnp.zeros((), np.int32)
+        nothing = Choice(memory.previous, jnp.full_like(memory.damping, jnp.inf), memory.damping, zero)
+        candidates = len(dampings) * len(momenta)
+        choice, _ = problem.driver.while_loop(lambda carry: carry[1] < candidates, compare, (nothing, zero))
         if self.length_factor > 1:
             choice = self._rescaled(problem, state.w, sample, losses0, choice)
         state = charged(charged(state, PRODUCT, products), LOSS, choice.tried * sample.count)

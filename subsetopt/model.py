@@ -124,7 +124,9 @@ def _adapt(model: Any, params: Params | None, x: Any, seed: int) -> tuple[Callab
     return _Function(model), params, None
 
 
-@functools.partial(jax.jit, static_argnums=0)  # of the module, not its method: equal modules compile once
+# Of the module, not its method: equal modules compile once. LLVM takes ten times as long to optimise random draws that
+# are made once.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
 def _init(linen: _Linen, key: Array, x: Array) -> Params:
     return linen.module.init(key, x)
 
