@@ -16,6 +16,7 @@ _PANELS = (4, 12)  # of rows, in the Gram update, at least and at most: k take (
 _LEAF = 64  # LAPACK gets twice this, and starts threads from 200
 _WIDTHS = (256, 512)  # of a panel of the factorisation, up to _LARGE columns and beyond
 _LARGE = 5000
+_SOLVE_PANELS = 1000, 4  # of rows, in substitutions: least height, and most of them; k read (k + 1) / 2k of the factor
 
 
 def add_gram(gram: Array, rows: Array) -> Array:
@@ -130,36 +131,50 @@ def _leaf(a: Array) -> tuple[Array, Array]:
 
 
 def _blocked_solve(factor: Array, b: Array) -> Array:
-    """Both substitutions by blocks of rows, which lie together in memory: each is read once on the way."""
+    """Both substitutions by blocks of rows, which lie together in memory: each is read once on the way.
+
+    Panel by panel of blocks, of whose rows the zeros behind the panel are not read.
+    """
     p, k = b.shape
-    count, rest = divmod(p, _LEAF)
+    whole = p - p % _LEAF
+    least, most = _SOLVE_PANELS
+    height = -(-max(least, p // most) // _LEAF) * _LEAF
+    panels = [(start, min(start + height, whole)) for start in range(0, whole, height)]
 
     # The corner is transposed for LAPACK, which wants columns together: else XLA transposes the whole factor before.
-    def block(x: Array, start: Array | int, size: int) -> tuple[Array, Array, Array]:
-        rows = lax.dynamic_slice(factor, (start, 0), (size, p))
+    def block(x: Array, start: Array | int, stop: int, size: int) -> tuple[Array, Array, Array]:
+        rows = lax.dynamic_slice(factor, (start, 0), (size, stop))
         return rows, lax.dynamic_slice(rows, (0, start), (size, size)).T, lax.dynamic_slice(x, (start, 0), (size, k))
 
-    def forward(start: Array | int, x: Array, size: int = _LEAF) -> Array:
-        rows, corner, own = block(x, start, size)
-        known = jnp.where(jnp.arange(p)[:, None] < start, x, 0)
+    def forward(x: Array, start: Array | int, stop: int, size: int) -> Array:
+        rows, corner, own = block(x, start, stop, size)
+        known = jnp.where(jnp.arange(stop)[:, None] < start, x[:stop], 0)
         own = lax.linalg.triangular_solve(
             corner, own - _product(rows, known, 1, 0), left_side=True, lower=False, transpose_a=True
         )
         return lax.dynamic_update_slice(x, own, (start, 0))
 
-    def backward(start: Array | int, x: Array, size: int = _LEAF) -> Array:
-        rows, corner, own = block(x, start, size)
+    def backward(x: Array, start: Array | int, stop: int, size: int) -> Array:
+        rows, corner, own = block(x, start, stop, size)
         own = lax.linalg.triangular_solve(corner, own, left_side=True, lower=False)
-        others = x - _product(rows, own, 0, 0)  # zeros above the diagonal: the unknowns already found stay
+        # Zeros above the diagonal: the unknowns already found stay.
+        others = lax.dynamic_update_slice(x, x[:stop] - _product(rows, own, 0, 0), (0, 0))
         return lax.dynamic_update_slice(others, own, (start, 0))
 
+    def down(x: Array, start: int, stop: int) -> Array:
+        return lax.fori_loop(start // _LEAF, stop // _LEAF, lambda i, x: forward(x, i * _LEAF, stop, _LEAF), x)
+
+    def up(x: Array, start: int, stop: int) -> Array:
+        blocks = (stop - start) // _LEAF
+        return lax.fori_loop(0, blocks, lambda i, x: backward(x, stop - (i + 1) * _LEAF, stop, _LEAF), x)
+
     x = b
-    if count:
-        x = lax.fori_loop(0, count, lambda i, x: forward(i * _LEAF, x), x)
-    if rest:
-        x = backward(p - rest, forward(p - rest, x, rest), rest)
-    if count:
-        x = lax.fori_loop(0, count, lambda i, x: backward((count - 1 - i) * _LEAF, x), x)
+    for panel in panels:
+        x = down(x, *panel)
+    if whole < p:
+        x = backward(forward(x, whole, p, p - whole), whole, p, p - whole)
+    for panel in reversed(panels):
+        x = up(x, *panel)
     return x
 
 
