@@ -81,14 +81,12 @@ class GaussNewton:
         None: one for 20 parameters, at least 100.
     linear_solve: "dense" (Cholesky of A, P x P), "sample" (Cholesky in the space of the rows), "cg" (matrix-free), or
         "auto", the cheapest one by the cost model of `curvature.form_flops`.
-    cg_tolerance, cg_max_steps: relative residual at which CG ends, and its cap (the best iterate is kept). On CPUs the
-        dense form factors for the largest damping only and solves for the others by CG, with sampled rows to this
-        tolerance, with all rows to half of the dtype's digits.
+    cg_tolerance, cg_max_steps: relative residual at which CG ends, and its cap (the best iterate is kept).
     tolerance: CONVERGED when the gradient norm is this fraction of the largest one met; None: 1e-5 in float32, 1e-8
         in float64.
     """
 
-    curvature_ratio: float | None = 0.5
+    curvature_ratio: float | None = 0.4
     curvature_share: float = 0.25
     averaging: float = 0.3
     curvature_precision: str = "highest"

@@ -49,7 +49,7 @@ DIE = """if True:
 def start(code: str, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
     }
     command = [sys.executable, "-W", "error", "-c", code, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
