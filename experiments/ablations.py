@@ -98,7 +98,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "rows": {
         "0.25 rows a parameter": solver(curvature_ratio=0.25),
-        "0.5 rows a parameter": solver(curvature_ratio=0.5),
+        "0.4 rows a parameter": solver(curvature_ratio=0.4),
         "1 row a parameter": solver(curvature_ratio=1.0),
         "0.15 rows an example": solver(curvature_share=0.15),
         "all rows of every example": solver(curvature_ratio=None),

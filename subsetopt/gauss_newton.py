@@ -86,7 +86,7 @@ class GaussNewton:
         in float64.
     """
 
-    curvature_ratio: float | None = 0.4
+    curvature_ratio: float | None = 0.5
     curvature_share: float = 0.25
     averaging: float = 0.3
     curvature_precision: str = "highest"
