@@ -125,26 +125,28 @@ def test_rejected_step_is_tried_again_on_its_subset_and_costs_no_gradient(data):
             assert new.sample_grads - last.sample_grads < last.examples
 
 
-def newton(start: float, mistaken: int, steps: int, length_factor: float = 1.5) -> FitResult:
+def newton(driver: str, start: float, mistaken: int, steps: int, length_factor: float = 1.5) -> FitResult:
     """Classical steps on 30 points on a line, the first `mistaken` of them in the wrong one of two classes."""
     x = np.linspace(-2, 2, 30, dtype=np.float32)[:, None]
     y, w = ((x[:, 0] > 0) ^ (np.arange(30) < mistaken)).astype(np.int32), np.array([[-start, start]], np.float32)
     solver = GaussNewton(curvature_ratio=None, momenta=(0.0,), damping=1e-3, length_factor=length_factor)
-    options: dict[str, Any] = {"growth": Growth(1e9), "driver": "host", "warmup_epochs": 0, "progress": False}
+    options: dict[str, Any] = {"growth": Growth(1e9), "driver": driver, "warmup_epochs": 0, "progress": False}
     return fit_subset(lambda w, x: x @ w, (x, y), w, solver=solver, max_steps=steps, **options)
 
 
-def test_steps_that_end_short_of_the_minimum_are_lengthened():
+@pytest.mark.parametrize("driver", ["host", "compiled"])
+def test_steps_that_end_short_of_the_minimum_are_lengthened(driver):
     """On separable data the loss falls for ever: a Newton step adds one to every margin, whatever the distance."""
-    short, long = newton(0, 0, 6, 1.0), newton(0, 0, 6)
+    short, long = newton(driver, 0, 0, 6, 1.0), newton(driver, 0, 0, 6)
     assert long.loss < 0.1 * short.loss
     # What it costs: a loss alone is a third of a gradient, on the whole subset here, four times a step at most.
     assert short.sample_grads < long.sample_grads <= short.sample_grads + 6 * 4 * 30 / 3
 
 
-def test_steps_that_go_too_far_are_shortened():
+@pytest.mark.parametrize("driver", ["host", "compiled"])
+def test_steps_that_go_too_far_are_shortened(driver):
     """Far out softmax has hardly any curvature."""
-    full, shorter = newton(-2, 4, 1, 1.0), newton(-2, 4, 1)
+    full, shorter = newton(driver, -2, 4, 1, 1.0), newton(driver, -2, 4, 1)
     np.testing.assert_array_equal(full.params, np.array([[2, -2]], np.float32))
     assert shorter.loss < full.loss
 
