@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from subsetopt.drivers import Sample
-from subsetopt.linalg import add_gram, cholesky, cholesky_solve
+from subsetopt.linalg import add_gram, cholesky, cholesky_solve, symmetric_product
 from subsetopt.problem import PRODUCT, Problem, gradient_flops
 
 PRECISIONS = ("highest", "float32", "tensorfloat32", "bfloat16_3x", "bfloat16", "default")
@@ -110,6 +110,10 @@ class Form(Protocol):
         """trace(A) / P, and the examples of which a product was computed."""
         ...
 
+    def times(self, problem: Problem, w: Array, kept: Any, v: Array) -> tuple[Array, Any]:
+        """(A + l2 I) v, and the examples of which a product was computed."""
+        ...
+
     def solve(self, problem: Problem, w: Array, kept: Any, dampings: Array, grad: Array) -> tuple[Array, Any, Any]:
         """-(A + (damping + l2) I)^-1 grad for each of the dampings (d,): (d, P).
 
@@ -152,6 +156,10 @@ class Dense:
         """Of the matrix itself."""
         return jnp.mean(jnp.diagonal(kept.a)), 0
 
+    def times(self, problem: Problem, w: Array, kept: Matrix, v: Array) -> tuple[Array, Any]:
+        """From the lower triangle."""
+        return _times(kept.a, v) + problem.real(problem.l2) * v, 0
+
     def solve(self, problem: Problem, w: Array, kept: Matrix, dampings: Array, grad: Array):
         """By Cholesky."""
         return _solve_dense(kept.a, dampings + problem.real(problem.l2), -grad), kept, 0
@@ -162,6 +170,9 @@ def _shares(averaging: float, kept: Matrix, weights: Array) -> tuple[Array, Arra
     """The old matrix and the new sample's weights, each times its share."""
     old = jnp.where(kept.samples > 0, jnp.asarray(averaging, weights.dtype), 0)
     return old * kept.a, (1 - old) * weights
+
+
+_times = jax.jit(symmetric_product)
 
 
 def _damped_factor(a: Array, damping: Array) -> Array:
@@ -255,6 +266,10 @@ class SampleSpace:
     def mean_diagonal(self, problem: Problem, w: Array, kept: RowSpace, key: Array) -> tuple[Array, Any]:
         """From trace(R R') = trace(R'R)."""
         return jnp.trace(kept.gram) / problem.parameters, 0
+
+    def times(self, problem: Problem, w: Array, kept: RowSpace, v: Array) -> tuple[Array, Any]:
+        """R'R v."""
+        return kept.transposed(kept.times(v)) + problem.real(problem.l2) * v, 0
 
     def solve(self, problem: Problem, w: Array, kept: RowSpace, dampings: Array, grad: Array):
         """By Cholesky of R R'; exact to rounding where the gradient is made of the same rows."""
@@ -355,6 +370,10 @@ class MatrixFree:
         v = jax.random.rademacher(key, w.shape, problem.dtype)
         product = self._product(problem, w, kept, v)
         return jnp.vdot(v, product) / problem.parameters - problem.real(problem.l2), kept.sample.count
+
+    def times(self, problem: Problem, w: Array, kept: Examples, v: Array) -> tuple[Array, Any]:
+        """One product."""
+        return self._product(problem, w, kept, v), kept.sample.count
 
     def solve(self, problem: Problem, w: Array, kept: Examples, dampings: Array, grad: Array):
         """By conjugate gradients, each from the last solution."""

@@ -2,11 +2,15 @@
 
     d = -(A + lam I)^-1 g + m d_prev        A ~ J'HJ, g the gradient of the whole subset
 
+On fresh subsets g is averaged over steps as A is, the old one carried to the new point by the curvature:
+
+    g = a (g_old + A (w - w_old)) + (1 - a) g_subset
+
 Gauss-Newton and its damping: Nocedal and Wright, Numerical Optimization (2006), section 10.3; Martens, Deep learning
 via Hessian-free optimization (2010), for J'HJ with the output Hessian H and curvature on a sample. Ours, all of them
 heuristics chosen by measurement (experiments/ablations.py): one random row an example drawn by output uncertainty, a
-little averaging over steps, and damping, momentum and length picked among candidates by the loss on a small sample
-instead of a gain ratio.
+little averaging over steps (of the gradient: for a linear model, a Kalman filter of constant gain), and damping,
+momentum and length picked among candidates by the loss on a small sample instead of a gain ratio.
 """
 
 import dataclasses
@@ -36,7 +40,8 @@ class Memory(NamedTuple):
     """What a step leaves to the next.
 
     kept: the curvature, as its form keeps it. current: whether it was taken at this point (a rejected step never
-    recomputes it). damping: lam, NaN before the first curvature. previous: (P,) the last accepted step.
+    recomputes it). damping: lam, NaN before the first curvature. previous: (P,) the last accepted step. gradient:
+    (P,) the averaged one, at the point origin (P,).
     """
 
     key: Array
@@ -44,6 +49,8 @@ class Memory(NamedTuple):
     current: Any
     damping: Any
     previous: Array
+    gradient: Array
+    origin: Array
     rejections: Any
 
 
@@ -68,6 +75,8 @@ class GaussNewton:
     curvature_share: rows per example of the subset, where that is more.
     averaging: weight of the older curvature, A = averaging A_old + (1 - averaging) A_new; in the CG form, the share of
         examples kept from step to step.
+    gradient_averaging: weight of the older gradient, carried along by the curvature, on fresh subsets; the classical
+        method averages none.
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
@@ -89,6 +98,7 @@ class GaussNewton:
     curvature_ratio: float | None = 0.5
     curvature_share: float = 0.25
     averaging: float = 0.3
+    gradient_averaging: float = 0.3
     curvature_precision: str = "highest"
     damping: float = 1.0
     damping_factors: tuple[float, ...] = (0.4, 1.5)
@@ -111,6 +121,7 @@ class GaussNewton:
             checks.positive("GaussNewton.curvature_ratio", self.curvature_ratio)
         checks.real_number("GaussNewton.curvature_share", self.curvature_share, 0)
         checks.real_number("GaussNewton.averaging", self.averaging, 0, 1)
+        checks.real_number("GaussNewton.gradient_averaging", self.gradient_averaging, 0, 1)
         checks.real_number("GaussNewton.damping", self.damping, 0)
         checks.tuple_of(checks.positive, "GaussNewton.damping_factors", self.damping_factors)
         checks.tuple_of(checks.real_number, "GaussNewton.momenta", self.momenta, 0, 1)
@@ -127,8 +138,8 @@ class GaussNewton:
     def init(self, problem: Problem, w: Array) -> State:
         """The state before the first step from w (P,); `problem.seed` seeds the curvature samples."""
         kept = self._form(problem).empty(problem, w)
-        none = jnp.zeros((), np.int32)
-        memory = Memory(jax.random.key(problem.seed), kept, none > 0, jnp.full((), jnp.nan, w.dtype), w * 0, none)
+        none, unknown = jnp.zeros((), np.int32), jnp.full((), jnp.nan, w.dtype)
+        memory = Memory(jax.random.key(problem.seed), kept, none > 0, unknown, w * 0, w * 0, w, none)
         return start(problem, w, memory, uncertain=True)
 
     def step(self, problem: Problem, state: State) -> State:
@@ -153,18 +164,31 @@ class GaussNewton:
         return form_of(problem, recipe, self.linear_solve, len(self.damping_factors))
 
     def _with_curvature(self, problem: Problem, form: Form, state: State) -> State:
-        """The state with a curvature sample taken at its point, and a damping where there was none."""
+        """The state with a curvature sample and the gradient taken at its point, and a damping where there was none."""
         memory: Memory = state.memory
         key, draw, probe = jax.random.split(memory.key, 3)
         kept, rows = form.renewed(problem, state.w, state.evaluation.uncertainty, memory.kept, draw)
+        state = charged(state, ROW, rows)
+        gradient, examples = self._gradient(problem, form, state, kept)
         memory = memory._replace(key=key, kept=kept, current=jnp.ones_like(memory.current))
-        state = charged(state, ROW, rows).replace(memory=memory)
+        memory = memory._replace(gradient=gradient, origin=state.w)
+        state = charged(state, PRODUCT, examples).replace(memory=memory)
 
         def first_damping(state: State) -> State:
             scale, examples = form.mean_diagonal(problem, state.w, kept, probe)
             return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=self.damping * scale))
 
         return problem.driver.cond(jnp.isnan(memory.damping), first_damping, lambda state: state, state)
+
+    def _gradient(self, problem: Problem, form: Form, state: State, kept: Any) -> tuple[Array, Any]:
+        """The subset's gradient, averaged on fresh subsets, and the examples of which a product was computed."""
+        memory, new = state.memory, state.evaluation.grad
+        if not problem.fresh or self.curvature_ratio is None or self.gradient_averaging == 0:
+            return new, 0
+        change = state.w - memory.origin
+        product, examples = form.times(problem, state.w, kept, change)
+        share = jnp.where(jnp.isnan(memory.damping), 0, self.gradient_averaging).astype(new.dtype)
+        return share * (memory.gradient + product) + (1 - share) * new, examples
 
     # --- candidates ------------------------------------------------------------------------------------------------
 
@@ -175,7 +199,7 @@ class GaussNewton:
         positions, sample = self._trial_sample(problem, state, draw)
         losses0 = state.evaluation.losses[positions]
         dampings = memory.damping * jnp.asarray(self.damping_factors, memory.damping.dtype)
-        solutions, kept, products = form.solve(problem, state.w, memory.kept, dampings, state.evaluation.grad)
+        solutions, kept, products = form.solve(problem, state.w, memory.kept, dampings, memory.gradient)
         momenta = jnp.asarray(self._momenta(), memory.damping.dtype)
         # Without a previous step all momenta are the same.
         stride = jnp.where(jnp.any(memory.previous != 0), 1, len(momenta)).astype(np.int32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 # All measured, two AVX-512 cores.
-_PANELS = (4, 12)  # of rows, in the Gram update, at least and at most: k take (k + 1) / 2k of the full product's work
+_PANELS = (4, 12)  # of rows of a triangle, at least and at most: k take (k + 1) / 2k of the Gram update's full work
 _LEAF = 64  # LAPACK gets twice this, and starts threads from 200
 _WIDTHS = (256, 512)  # of a panel of the factorisation, up to _LARGE columns and beyond
 _LARGE = 5000
@@ -25,15 +25,29 @@ def add_gram(gram: Array, rows: Array) -> Array:
     The product has the precision that is the default where this is called. At "bfloat16" the rows are rounded to it
     and their products summed up in the dtype of gram: the result is that of rows a little off, definite as ever.
     """
-    p = gram.shape[0]
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]: made at run time
     product = (_rounded_product if precision == "bfloat16" else _plain_product)(rows)
-    height = -(-p // min(max(p // 1000, _PANELS[0]), _PANELS[1]))
-    for start in range(0, p, height):
-        stop = min(start + height, p)
+    for start, stop in _row_panels(gram.shape[0]):
         panel = lax.slice(gram, (start, 0), (stop, stop)) + product(start, stop)
         gram = lax.dynamic_update_slice(gram, panel, (start, 0))
     return gram
+
+
+def symmetric_product(a: Array, v: Array) -> Array:
+    """A v, v (P,), from the lower triangle of a (P, P); what is above the diagonal means nothing."""
+    result = jnp.zeros_like(v)
+    for start, stop in _row_panels(len(v)):
+        left, corner = a[start:stop, :start], a[start:stop, start:stop]
+        corner = jnp.tril(corner) + jnp.tril(corner, -1).T
+        own = _product(left, v[:start], 1, 0) + _product(corner, v[start:stop], 1, 0)
+        result = result.at[start:stop].add(own).at[:start].add(_product(left, v[start:stop], 0, 0))
+    return result
+
+
+def _row_panels(p: int) -> list[tuple[int, int]]:
+    """Where panels of rows of a (P, P) triangle begin and end."""
+    height = -(-p // min(max(p // 1000, _PANELS[0]), _PANELS[1]))
+    return [(start, min(start + height, p)) for start in range(0, p, height)]
 
 
 def _plain_product(rows: Array) -> Callable[[int, int], Array]:

@@ -9,10 +9,10 @@ import pytest
 import scipy.linalg
 from jax import lax
 
-from subsetopt.linalg import add_gram, cholesky, cholesky_solve
+from subsetopt.linalg import add_gram, cholesky, cholesky_solve, symmetric_product
 
 SIZES = [1, 5, 64, 65, 257, 1000]  # a leaf, one more, one more than a panel, and no multiple of either
-ADD_GRAM, CHOLESKY, SOLVE = (jax.jit(f) for f in (add_gram, cholesky, cholesky_solve))
+ADD_GRAM, CHOLESKY, SOLVE, PRODUCT = (jax.jit(f) for f in (add_gram, cholesky, cholesky_solve, symmetric_product))
 
 every_size = pytest.mark.parametrize("p", SIZES)
 every_condition = pytest.mark.parametrize("condition", [1e2, 1e6])
@@ -46,6 +46,16 @@ def only_lower(a: np.ndarray) -> np.ndarray:
 def backward_error(a: np.ndarray, factor: np.ndarray) -> float:
     a, factor = a.astype(np.float64), np.asarray(factor, np.float64)
     return float(np.linalg.norm(factor @ factor.T - a) / np.linalg.norm(a))
+
+
+@every_size
+def test_symmetric_product_reads_the_lower_triangle(p: int, dtype: type):
+    rng = np.random.default_rng(p)
+    a, v = rng.standard_normal((p, p)).astype(dtype), rng.standard_normal(p).astype(dtype)
+    whole = (np.tril(a) + np.tril(a, -1).T).astype(np.float64)
+    found = PRODUCT(only_lower(a), v)
+    assert found.dtype == dtype
+    assert np.all(np.abs(found - whole @ v) <= (p + 2) * np.finfo(dtype).eps * (np.abs(whole) @ np.abs(v)))
 
 
 @every_size

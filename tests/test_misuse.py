@@ -296,6 +296,7 @@ GAUSS_NEWTON: Mistakes = {
     "without curvature": ({"curvature_ratio": 0}, "GaussNewton.curvature_ratio", "0", NOT_ZERO),
     "with a negative share": ({"curvature_share": -0.1}, "GaussNewton.curvature_share", "-0.1", "=0"),
     "that only averages": ({"averaging": 1}, "GaussNewton.averaging", "1", "=0"),
+    "that only averages gradients": ({"gradient_averaging": 1}, "GaussNewton.gradient_averaging", "1", "=0"),
     "damped below zero": ({"damping": -1}, "GaussNewton.damping", "-1", "=0"),
     "without factors": ({"damping_factors": ()}, "GaussNewton.damping_factors", "()", "0.5,"),
     "with a bare factor": ({"damping_factors": 0.5}, "GaussNewton.damping_factors", "0.5", "0.5,"),

@@ -332,6 +332,8 @@ def test_all_forms_solve_the_same_systems(example: Example, damping: float):
             kept, _ = form.renewed(problem, w, uncertainty, kept, jax.random.key(key))
         for found, solution in zip(form.solve(problem, w, kept, dampings, grad)[0], expected, strict=True):
             assert relative_error(found, solution) < 1e-6, form
+        product, _ = form.times(problem, w, kept, grad)
+        assert relative_error(product, (a + example.l2 * eye) @ grad) < 1e-9, form
 
 
 @pytest.mark.parametrize("averaging", [0.0, 0.5])
