@@ -112,6 +112,9 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "no averaging": solver(averaging=0.0),
         "averaging 0.5": solver(averaging=0.5),
         "averaging 0.7": solver(averaging=0.7),
+        "gradients not averaged": solver(gradient_averaging=0.0),
+        "gradients averaged by 0.2": solver(gradient_averaging=0.2),
+        "gradients averaged by 0.5": solver(gradient_averaging=0.5),
     },
     "momentum": {
         "no momentum": solver(momenta=(0.0,)),
