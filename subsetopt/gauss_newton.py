@@ -98,7 +98,7 @@ class GaussNewton:
     curvature_ratio: float | None = 0.5
     curvature_share: float = 0.25
     averaging: float = 0.3
-    gradient_averaging: float = 0.3
+    gradient_averaging: float = 0.2
     curvature_precision: str = "highest"
     damping: float = 1.0
     damping_factors: tuple[float, ...] = (0.4, 1.5)
