@@ -112,7 +112,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "no averaging": solver(averaging=0.0),
         "averaging 0.5": solver(averaging=0.5),
         "averaging 0.7": solver(averaging=0.7),
-        "gradients not averaged": solver(gradient_averaging=0.0),
+        "gradients averaged by 0.2": solver(gradient_averaging=0.2),
         "gradients averaged by 0.3": solver(gradient_averaging=0.3),
         "gradients averaged by 0.5": solver(gradient_averaging=0.5),
     },

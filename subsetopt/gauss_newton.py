@@ -2,7 +2,7 @@
 
     d = -(A + lam I)^-1 g + m d_prev        A ~ J'HJ, g the gradient of the whole subset
 
-On fresh subsets g is averaged over steps as A is, the old one carried to the new point by the curvature:
+On fresh subsets g may be averaged over steps as A is, the old one carried to the new point by the curvature:
 
     g = a (g_old + A (w - w_old)) + (1 - a) g_subset
 
@@ -75,8 +75,9 @@ class GaussNewton:
     curvature_share: rows per example of the subset, where that is more.
     averaging: weight of the older curvature, A = averaging A_old + (1 - averaging) A_new; in the CG form, the share of
         examples kept from step to step.
-    gradient_averaging: weight of the older gradient, carried along by the curvature, on fresh subsets; the classical
-        method averages none.
+    gradient_averaging: weight of the older gradient, carried along by the curvature, on fresh subsets: 0.2 takes a third
+        of their noise out, which pays where noise is what steps are short of (CIFAR-10), not where the loss falls by
+        half a step (heuristic, measured). The classical method averages none.
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
@@ -98,7 +99,7 @@ class GaussNewton:
     curvature_ratio: float | None = 0.5
     curvature_share: float = 0.25
     averaging: float = 0.3
-    gradient_averaging: float = 0.2
+    gradient_averaging: float = 0.0
     curvature_precision: str = "highest"
     damping: float = 1.0
     damping_factors: tuple[float, ...] = (0.4, 1.5)
