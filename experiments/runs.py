@@ -69,8 +69,8 @@ def linear_algebra_flops(solver: Any, parameters: int, examples: Sequence[int]) 
     rows = np.multiply(examples, CLASSES)
     if solver.curvature_ratio is not None:
         rows = np.maximum(solver.curvature_ratio * parameters, np.multiply(examples, solver.curvature_share))
-    # One factorisation, ten products with its inverse for each of the other dampings, one with the matrix.
-    products = 10 * (len(solver.damping_factors) - 1) + 1
+    # One factorisation, ten products with its inverse for each of the other dampings, one with A to average gradients.
+    products = 10 * (len(solver.damping_factors) - 1) + (solver.gradient_averaging > 0)
     solving = parameters**3 / 3 + 2 * products * parameters**2
     return np.cumsum(rows * parameters**2 + solving)
 

@@ -142,7 +142,7 @@ def test_averaged_gradients_take_noise_out_of_fresh_subsets(driver):
         return x @ w
 
     def excess(averaging: float) -> float:
-        """Mean over the last steps, in units of half a squared residual."""
+        """Of the sum of squares over its minimum, the mean of the last steps."""
         losses: list[float] = []
         solver = GaussNewton(5.0, gradient_averaging=averaging, momenta=(0.0,), damping=1e-3, length_factor=1)
         for seed in range(3):
