@@ -175,12 +175,6 @@ def _shares(averaging: float, kept: Matrix, weights: Array) -> tuple[Array, Arra
 _times = jax.jit(symmetric_product)
 
 
-def _damped_factor(a: Array, damping: Array) -> Array:
-    """The Cholesky factor of a + damping I."""
-    diagonal = jnp.arange(a.shape[0])
-    return cholesky(a.at[diagonal, diagonal].add(damping))
-
-
 @jax.jit
 def _solve_dense(a: Array, dampings: Array, b: Array) -> Array:
     return lax.platform_dependent(a, dampings, b, cpu=_one_factor, default=_own_factors)
@@ -188,7 +182,7 @@ def _solve_dense(a: Array, dampings: Array, b: Array) -> Array:
 
 def _own_factors(a: Array, dampings: Array, b: Array) -> Array:
     """A factorisation for each damping, where substitutions are slow: on accelerators."""
-    return jnp.stack([cholesky_solve(_damped_factor(a, damping), b) for damping in dampings])
+    return jnp.stack([cholesky_solve(cholesky(a, damping), b) for damping in dampings])
 
 
 def _one_factor(a: Array, dampings: Array, b: Array) -> Array:
@@ -199,7 +193,7 @@ def _one_factor(a: Array, dampings: Array, b: Array) -> Array:
     most: dampings more than 30 times apart get fewer digits.
     """
     largest = jnp.max(dampings)
-    inverse = functools.partial(cholesky_solve, _damped_factor(a, largest))
+    inverse = functools.partial(cholesky_solve, cholesky(a, largest))
     start, half_of_digits = inverse(b), float(jnp.finfo(b.dtype).eps) ** 0.5
 
     def solve(damping: Array) -> Array:
@@ -305,7 +299,7 @@ def _push_through(kept: RowSpace, damping: Array, penalty: Array) -> Array:
 
     In float32 at a damping of 1e-7 it has a relative error of 6e-4 where Woodbury has 0.7 (notes of the prototype).
     """
-    factor = _damped_factor(kept.gram, damping)
+    factor = cholesky(kept.gram, damping)
     own = kept.transposed(cholesky_solve(factor, kept.c))
     return -own - jnp.where(jnp.any(penalty != 0), _inverse(kept, factor, damping, penalty), 0)
 
@@ -313,7 +307,7 @@ def _push_through(kept: RowSpace, damping: Array, penalty: Array) -> Array:
 @jax.jit
 def _refined(kept: RowSpace, damping: Array, grad: Array) -> Array:
     """-(R'R + damping I)^-1 g: Woodbury loses digits to a small damping, conjugate gradients on top restore them."""
-    factor = _damped_factor(kept.gram, damping)
+    factor = cholesky(kept.gram, damping)
 
     def product(v: Array) -> Array:
         return kept.transposed(kept.times(v)) + damping * v
@@ -422,7 +416,7 @@ def _own_damping(rows: RowSpace, damping: Array) -> Array:
     return damping + 0.3 * jnp.trace(rows.gram) / len(rows.root)
 
 
-_jitted_factor, _jitted_inverse = jax.jit(_damped_factor), jax.jit(_inverse)
+_jitted_factor, _jitted_inverse = jax.jit(cholesky), jax.jit(_inverse)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -66,12 +66,13 @@ def _rounded_product(rows: Array) -> Callable[[int, int], Array]:
     )
 
 
-def cholesky(a: Array) -> Array:
-    """The lower factor of a (P, P), zero above the diagonal; NaN in it where a is not positive definite.
+def cholesky(a: Array, damping: Array | float = 0.0) -> Array:
+    """The lower factor of a + damping I, a (P, P), zero above the diagonal; NaN in it where there is none.
 
     Reads the lower triangle of a only. Nothing is won by donating a.
     """
-    return lax.platform_dependent(a, cpu=_blocked_cholesky, default=_library_cholesky)
+    damping = jnp.asarray(damping, a.dtype)
+    return lax.platform_dependent(a, damping, cpu=_blocked_cholesky, default=_library_cholesky)
 
 
 def cholesky_solve(factor: Array, b: Array) -> Array:
@@ -80,8 +81,13 @@ def cholesky_solve(factor: Array, b: Array) -> Array:
     return lax.platform_dependent(factor, columns, cpu=_blocked_solve, default=_library_solve).reshape(b.shape)
 
 
-def _library_cholesky(a: Array) -> Array:
-    return lax.linalg.cholesky(a, symmetrize_input=False)
+def _library_cholesky(a: Array, damping: Array) -> Array:
+    return lax.linalg.cholesky(_damped(a, damping), symmetrize_input=False)
+
+
+def _damped(a: Array, damping: Array) -> Array:
+    diagonal = jnp.arange(len(a))
+    return a.at[diagonal, diagonal].add(damping)
 
 
 def _library_solve(factor: Array, b: Array) -> Array:
@@ -89,10 +95,11 @@ def _library_solve(factor: Array, b: Array) -> Array:
     return lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
 
 
-def _blocked_cholesky(a: Array) -> Array:
+def _blocked_cholesky(a: Array, damping: Array) -> Array:
     """Left-looking, panel by panel of columns, into a matrix of zeros.
 
     Not into a: XLA may compute a panel anew where it is used, and copies a whole matrix to have its old content then.
+    The damping is added to the corners alone, for the same reason: a is not copied.
     """
     p = a.shape[0]
     width = _WIDTHS[p > _LARGE]
@@ -103,7 +110,7 @@ def _blocked_cholesky(a: Array) -> Array:
         if start:
             done = factor[start:, :start]
             panel = panel - _product(done, done[: stop - start], 1, 1)
-        corner, inverse = _factor_and_inverse(panel[: stop - start])
+        corner, inverse = _factor_and_inverse(_damped(panel[: stop - start], damping))
         below = _product(panel[stop - start :], inverse, 1, 1)
         factor = lax.dynamic_update_slice(factor, jnp.concatenate([corner, below]), (start, start))
     return factor
@@ -140,7 +147,8 @@ def _leaf(a: Array) -> tuple[Array, Array]:
     """
     n = a.shape[0]
     eye = jnp.eye(n, dtype=a.dtype)
-    factor = _library_cholesky(jnp.block([[a, eye], [eye, jnp.finfo(a.dtype).max / 4 * eye]]))
+    doubled = jnp.block([[a, eye], [eye, jnp.finfo(a.dtype).max / 4 * eye]])
+    factor = lax.linalg.cholesky(doubled, symmetrize_input=False)
     return factor[:n, :n], factor[n:, :n].T
 
 

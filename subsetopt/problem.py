@@ -26,6 +26,7 @@ from subsetopt.model import Constants, Model, Params, prepare
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
 
 _ROW_BLOCK, _ROW_BLOCK_NUMBERS = 2048, 1 << 25  # most rows in a block of them, and numbers: 128 MB in float32
+_CACHED_NUMBERS = 1 << 20  # that a CPU's cache holds, 4 MB in float32 (heuristic, measured)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +89,18 @@ def _product_block(objective: Objective, product: Array, shared: Any, block: Any
 def _rows(objective: Objective, shared: Any, block: Any) -> Array:
     """(B, P): the rows sqrt(weight_i) u_i' B_i' J_i, one an example."""
     w, constants = shared
-    x, y, weights, u = block
 
     def row(x: Array, y: Array, weight: Array, u: Array) -> Array:
         outputs, pull = jax.vjp(lambda w: objective.model.outputs(w, constants, x[None]), w)
         return pull(objective.loss.root(outputs, y[None], u.reshape(outputs.shape)) * jnp.sqrt(weight))[0]
 
-    return jax.vmap(row)(x, y, weights, u)
+    def by_pieces(*block: Array) -> Array:
+        """Not in a loop, in which XLA's convolutions are slow on CPUs; pieces in the cache are a quarter faster."""
+        size = max(_CACHED_NUMBERS // len(w), 1)
+        pieces = ([a[start : start + size] for a in block] for start in range(0, len(block[0]), size))
+        return jnp.concatenate([jax.vmap(row)(*piece) for piece in pieces])
+
+    return lax.platform_dependent(*block, cpu=by_pieces, default=jax.vmap(row))
 
 
 def _all_rows(objective: Objective, shared: Any, block: Any) -> Array:

@@ -90,11 +90,13 @@ def test_gram_of_rounded_rows_is_that_of_the_rows_after_rounding(p: int, dtype: 
 @every_size
 @every_condition
 @pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_factor_is_as_good_as_lapacks_and_reads_the_lower_triangle_only(
-    p: int, condition: float, smooth: bool, dtype: type
+    p: int, condition: float, smooth: bool, damping: float, dtype: type
 ):
     a = positive_definite(p, condition, dtype, smooth)
-    factor = CHOLESKY(only_lower(a))
+    factor = CHOLESKY(only_lower(a), damping)
+    a = a + np.eye(p, dtype=dtype) * dtype(damping)
     assert factor.dtype == dtype
     assert not np.triu(factor, 1).any()
     lapack = backward_error(a, scipy.linalg.cholesky(a, lower=True))

@@ -151,6 +151,15 @@ def test_rows_make_the_matrix_and_the_gradient(example: Example):
         assert relative_error(rows.T @ c.reshape(-1) + example.l2 * w, problem.evaluate(w).grad) < 1e-9
 
 
+def test_long_rows_are_computed_in_several_pieces():
+    rng = np.random.default_rng(0)
+    x, parameters = rng.normal(size=(300, 6000)), {"w": np.zeros((6000, 1))}
+    problem, w = make_problem(linear, (x, x[:, :1]), parameters, loss="squared_error")
+    signs, sample = rng.choice([-1.0, 1.0], (300, 1)), weighted(np.arange(300), rng.uniform(size=300))
+    rows = problem.rows(w, sample, signs)
+    np.testing.assert_allclose(rows, np.sqrt(sample.weights)[:, None] * signs * x, rtol=1e-13)
+
+
 @pytest.mark.parametrize("example", [HUBER, MLP, CNN], ids=lambda example: example.name)
 def test_rows_with_random_signs_average_to_the_dense_matrix(example: Example):
     problem, w, unravel = away_from_start(example)
