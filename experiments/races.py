@@ -12,6 +12,7 @@ from experiments.runs import median
 
 COSTS = ("sample_grads", "flops", "seconds")
 TESTS = ("test_loss", "test_accuracy")
+WORST = dict.fromkeys((*COSTS, "test_loss"), math.inf) | {"test_accuracy": -math.inf}
 SMALLEST = 1e-12  # a loss below it is float32's zero, which has no logarithm
 Row = dict[str, Any]
 
@@ -47,7 +48,7 @@ def tuned(rows: Sequence[Row], epochs: int) -> Row:
     choice = {key: lowest(first)[key] for key in ("rate", "batch_size")}
     runs = [row for row in rows if all(row[key] == value for key, value in choice.items())]
     losses = [row["full_loss"] for row in runs]
-    tests = {key: median([row[key] for row in runs]) for key in TESTS}
+    tests = {key: median([row[key] for row in runs], WORST[key]) for key in TESTS}
     cost = {key: runs[0][key] for key in COSTS}
     return {"budget_epochs": epochs, "loss": median(losses), "losses": losses} | choice | tests | cost
 
@@ -58,7 +59,7 @@ def race(rows: Sequence[Row], adam: Row) -> Row:
     result: Row = {}
     for key in (*COSTS, *TESTS):
         values = [None if point is None else point[key] for point in found]
-        result[key] = {"by_seed": values, "median": median(values)}
+        result[key] = {"by_seed": values, "median": median(values, WORST[key])}
     for key in COSTS:
         costs = [*result[key]["by_seed"], result[key]["median"]]
         *ratios, middle = [None if cost is None else adam[key] / cost for cost in costs]

@@ -80,9 +80,9 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def median(values: Sequence[float | None]) -> float | None:
-    """A missing value counts as infinite: never reached, or diverged."""
-    return finite(statistics.median(math.inf if value is None else value for value in values))
+def median(values: Sequence[float | None], missing: float = math.inf) -> float | None:
+    """A missing value, never reached or diverged, counts as the worst there is."""
+    return finite(statistics.median(missing if value is None else value for value in values))
 
 
 def count(params: Any) -> int:

@@ -49,6 +49,12 @@ def test_seed_that_never_has_the_loss_counts_as_the_dearest():
     assert races.race(rows, adam | {"loss": 0.01})["flops_ratio"]["median"] is None
 
 
+def test_seed_that_never_has_the_loss_counts_as_the_least_accurate():
+    rows = [row | {"test_accuracy": 0.8 + row["seed"] / 10} for row in snapshots(0.1) + snapshots(0.1, seed=1)]
+    race = races.race([*rows, *snapshots(1.0, seed=2)], {"loss": 0.1} | dict.fromkeys(races.COSTS, 400.0))
+    assert race["test_accuracy"] == {"by_seed": [0.8, 0.9, None], "median": 0.8}
+
+
 @pytest.mark.parametrize(
     ("ratios", "budget"),
     [
