@@ -26,7 +26,7 @@ from subsetopt.model import Constants, Model, Params, prepare
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
 
 _ROW_BLOCK, _ROW_BLOCK_NUMBERS = 2048, 1 << 25  # most rows in a block of them, and numbers: 128 MB in float32
-_CACHED_NUMBERS = 1 << 20  # that a CPU's cache holds, 4 MB in float32 (heuristic, measured)
+_PIECE, _PIECE_NUMBERS = 64, 1 << 20  # least rows in a piece, for each is compiled; numbers that a CPU's cache holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _rows(objective: Objective, shared: Any, block: Any) -> Array:
 
     def by_pieces(*block: Array) -> Array:
         """Not in a loop, in which XLA's convolutions are slow on CPUs; pieces in the cache are a quarter faster."""
-        size = max(_CACHED_NUMBERS // len(w), 1)
+        size = max(_PIECE_NUMBERS // len(w), _PIECE)
         pieces = ([a[start : start + size] for a in block] for start in range(0, len(block[0]), size))
         return jnp.concatenate([jax.vmap(row)(*piece) for piece in pieces])
 
