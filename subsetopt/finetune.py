@@ -22,7 +22,7 @@ from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Status
 from subsetopt.timing import Stopwatch
 
-WARM_UP_BATCH, WARM_UP_RATE = (32, 2e-2)  # measured: twice as far in an epoch as batches of 128 at 1e-2
+WARM_UP_BATCH = 32  # measured: twice as far in an epoch as batches of 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +289,7 @@ def warm_up(
     batch_size = min(WARM_UP_BATCH, examples)
     per_epoch = -(-examples // batch_size)
     steps = max(1, round(epochs * per_epoch))
-    optimizer = _warm_up_optimizer(steps)
+    optimizer = _warm_up_optimizer(steps, problem.parameters)
     params = problem.objective.model.unflatten(w, problem.constants)
     opt_state, cost, met = optimizer.init(params), 0.0, []
     batches = (b for epoch in itertools.count() for b in minibatches(examples, batch_size, seed, epoch))
@@ -305,5 +305,10 @@ def warm_up(
 
 
 @functools.lru_cache(maxsize=64)  # the same optimizer object, so that the same fit compiles its step once
-def _warm_up_optimizer(steps: int) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(WARM_UP_RATE, steps), eps=1e-30)  # none that knows the loss's scale
+def _warm_up_optimizer(steps: int, parameters: int) -> optax.GradientTransformation:
+    """Adam at a rate of P^-1/2, so that a step is about 1 long whatever P: a fixed rate fails on larger networks.
+
+    A heuristic, measured on five problems, as is the rise over the first tenth of the steps.
+    """
+    rate = optax.warmup_cosine_decay_schedule(0.0, parameters**-0.5, steps // 10, steps)
+    return optax.adam(rate, eps=1e-30)  # none that knows the loss's scale
