@@ -469,12 +469,9 @@ class Pricing:
         return row | {"own_seconds": row["seconds"]} | cost
 
     def _fitted(self, fit: Row) -> list[Row]:
-        """Where first-order training took longer beside this fit than beside the median one, so did the fit.
-
-        A part of a time when nothing was timed beside it keeps its seconds.
-        """
+        """Where first-order training took longer beside this fit than beside the median one, so did the fit."""
         own = fit["seconds_per_epoch"]
-        speed = statistics.median(self.per_epoch[kind] / own[kind] for kind in own) if own else 1.0
+        speed = statistics.median(self.per_epoch[kind] / own[kind] for kind in own)
         return [row | {"seconds": row["seconds"] * speed, "own_seconds": row["seconds"]} for row in fit["rows"]]
 
     def _fine_tuned(self, row: Row) -> Row:

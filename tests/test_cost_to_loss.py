@@ -53,10 +53,10 @@ def test_seconds_of_a_fit_are_those_at_the_speed_of_the_median_fit():
     beside = {"adam-128": 6.0, "sgd-128": 3.0}  # a machine at half of the median's speed
     parts: dict[str, Any] = {method: [] for method in cost_to_loss.METHODS}
     parts["gauss_newton"] = [{"seconds_per_epoch": beside, "rows": [{"seconds": 10.0}]}]
-    parts["lbfgs"] = [{"seconds_per_epoch": {}, "rows": [{"seconds": 10.0}]}]
+    parts["lbfgs"] = [{"seconds_per_epoch": {"adam-128": 1.5, "sgd-128": 0.75}, "rows": [{"seconds": 10.0}]}]
     rows = cost_to_loss.Pricing(PROBLEMS["digits"], {"adam-128": 3.0, "sgd-128": 1.5}).rows(parts)
     assert rows["gauss_newton"] == [{"seconds": 5.0, "own_seconds": 10.0}]
-    assert rows["lbfgs"] == [{"seconds": 10.0, "own_seconds": 10.0}]
+    assert rows["lbfgs"] == [{"seconds": 20.0, "own_seconds": 10.0}]
 
 
 def test_only_names_the_parts_there_are(tmp_path: Path):
