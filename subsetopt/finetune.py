@@ -22,7 +22,7 @@ from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Status
 from subsetopt.timing import Stopwatch
 
-WARM_UP_BATCH = 32  # measured: twice as far in an epoch as batches of 128
+WARM_UP_BATCH = 32  # measured, at fixed rates: twice as far in an epoch as batches of 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,8 +76,8 @@ class GaussNewton:
     averaging: weight of the older curvature, A = averaging A_old + (1 - averaging) A_new; in the CG form, the share of
         examples kept from step to step.
     gradient_averaging: weight of the older gradient on fresh subsets, carried to the new point by the curvature; 0.2
-        takes a third of the noise out. Worth nothing at the default growth (heuristic,
-        experiments/ablations.py). The classical method averages none.
+        takes a third of the noise out. No gain on digits and CIFAR-10 (heuristic, experiments/ablations.py). The
+        classical method averages none.
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
