@@ -123,7 +123,7 @@ class Problem:
     def fit(self, solver: Any, block_size: int, **options: Any) -> Any:
         """Our solver on the whole set from the common start."""
         options = {"loss": self.setting.loss, "l2": self.setting.l2, "block_size": block_size} | options
-        return fit_whole(self.model, (self.x, self.y), solver, self.params, **options)
+        return fit_whole(self.model, self.on_device, solver, self.params, **options)
 
 
 def _data(setting: Setting, seed: int) -> Arrays:
