@@ -18,9 +18,10 @@ LINES = {
     "optimistix": ("optimistix", {"color": style.GREY}),
     "levenberg_marquardt": ("optimistix, Levenberg-Marquardt", {"color": style.GREY, "linestyle": "--"}),
     "gauss_newton": ("subsetopt, Gauss-Newton", {"color": style.BLUE, "linestyle": "--", "linewidth": 1.6}),
+    "compiled": ("subsetopt, compiled", {"color": style.BLUE, "linestyle": ":", "linewidth": 2.2}),
     "subsetopt": ("subsetopt", {"color": style.BLUE, "linewidth": 2.2}),
 }
-PEERS = LINES.keys() - {"subsetopt", "gauss_newton"}
+PEERS = LINES.keys() - {"subsetopt", "compiled", "gauss_newton"}
 LOSSES = {"softmax_cross_entropy": "cross-entropy (nats)", "squared_error": "half the squared error"}
 
 
@@ -56,13 +57,14 @@ def message(record: dict) -> str:
     """What the figure shows, in the record's own numbers: the peer that is hardest to beat decides."""
     races = {name: record["final"][name]["speedup"] for name in record["curves"] if name in PEERS}
     missed = [LINES[name][0] for name, ratio in races.items() if ratio is None]
+    ours = LINES[record["final"]["fastest"]][0]
     if missed:
-        return f"subsetopt's L-BFGS stays above the last loss of {', '.join(missed)}"
+        return f"{ours}: L-BFGS stays above the last loss of {', '.join(missed)}"
     closest = min(races, key=lambda name: races[name])
     name, ratio = LINES[closest][0], races[closest]
     if ratio < 1:
-        return f"subsetopt's L-BFGS takes {1 / ratio:.2g} times as long as {name} to its last loss"
-    return f"subsetopt's L-BFGS has {name}'s last loss {ratio:.2g} times sooner, the others' sooner still"
+        return f"{ours}: L-BFGS takes {1 / ratio:.2g} times as long as {name} to its last loss"
+    return f"{ours}: L-BFGS has {name}'s last loss {ratio:.2g} times sooner, the others' sooner still"
 
 
 def setting(record: dict) -> str:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "experiments/results/cost_to_loss"
 ABLATIONS = ROOT / "experiments/results/ablations"
+RACES = ROOT / "experiments/results/solver_speed"
 
 
 def python_blocks_alone(markdown: str) -> str:
@@ -76,6 +77,17 @@ def change_rows(readme: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
 
 
+def race_row(record: dict) -> str:
+    """The row that the README shows of a record of `solver_speed`: each peer's time to its loss over ours."""
+    config, final = record["config"], record["final"]
+    driver = {"subsetopt": "host", "compiled": "compiled"}[final["fastest"]]
+    name = f"{record['name']}, N = {config['examples']:,}, P = {config['parameters']:,} | {driver}"
+    peers = ("optax", "jaxopt", "optimistix", "scipy", "torch")
+    ratios = [f"{final[peer]['speedup']:.2g}" if final[peer]["speedup"] else "-" for peer in peers]
+    ours, bare = final["subsetopt"]["evaluations_per_step"], final["overhead"]["overhead"]
+    return f"| {name} | {ours:.3g} | {bare:.1%} | {' | '.join(ratios)} |"
+
+
 def is_runnable(module: str) -> bool:
     """Whether `python -m module` finds something to run."""
     spec = importlib.util.find_spec(module)
@@ -114,6 +126,11 @@ def test_numbers_in_the_readme_stand_in_the_records(readme: str, dataset: str):
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
 def test_the_headline_of_the_readme_stands_in_the_records(readme: str, path: Path):
     assert [row for row in headline_rows(json.loads(path.read_text())) if row not in readme] == []
+
+
+@pytest.mark.parametrize("path", sorted(RACES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_races_of_the_readme_stand_in_the_records(readme: str, path: Path):
+    assert race_row(json.loads(path.read_text())) in readme
 
 
 @pytest.mark.parametrize(("place", "problem"), [(1, "digits"), (2, "mnist14"), (3, "cifar16")])

@@ -51,10 +51,11 @@ def test_race_runs_part_by_part_to_a_record_a_table_and_a_figure(race):
 
 def check_record(record: dict[str, Any]) -> None:
     """Every solver lowered the loss and counted what it took; the costs are those of a record."""
-    solvers = {"subsetopt", "gauss_newton", "optax", "jaxopt", "optimistix", "levenberg_marquardt", "scipy"}
+    solvers = {"subsetopt", "compiled", "gauss_newton", "optax", "jaxopt", "optimistix", "levenberg_marquardt", "scipy"}
     assert record["curves"].keys() >= solvers
     for name, curve in record["curves"].items():
-        assert curve["step"] == list(range(1, len(curve["step"]) + 1))
+        # The compiled driver shows itself after ten steps only.
+        assert curve["step"] == ([10, 20] if name == "compiled" else list(range(1, len(curve["step"]) + 1)))
         assert 0 < curve["evaluations"][0] <= curve["evaluations"][-1]
         assert curve["sample_grads"] == pytest.approx([60 * count for count in curve["evaluations"]])
         assert curve["loss"][-1] <= curve["loss"][0]
@@ -147,6 +148,13 @@ def test_race_is_to_the_peers_own_lowest_loss():
 def test_loss_that_ours_never_has_is_none():
     optax = solver_speed.summary(parts([1.0, 0.1]), steps=3)["optax"]
     assert optax["speedup"] is None
+
+
+def test_the_faster_driver_races():
+    runs = parts([4.0, 1.0, 1.0])
+    runs["compiled"] = runs["subsetopt"] | {"curve": curve([4.0, 2.0, 1.0, 0.5], 0.5)}
+    final = solver_speed.summary(runs, steps=3)
+    assert (final["fastest"], final["optax"]["our_seconds_to_target"]) == ("compiled", 1.5)
 
 
 def record(peer: list[float]) -> dict[str, Any]:
