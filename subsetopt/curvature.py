@@ -458,50 +458,58 @@ def conjugate_gradient(
     """A x = b by preconditioned conjugate gradients (Nocedal and Wright, Algorithm 5.3); x and the number of products.
 
     Ends at |b - A x| <= tolerance |b|, or after max_steps with the iterate of smallest residual. b is normalised
-    first: no constant in here knows a scale. x: where to begin, unless that is worse than zero.
+    first: no constant in here knows a scale. x: where to begin, unless that is worse than zero. Each residual is
+    orthogonalised against all before it (Golub and Van Loan, Matrix Computations (2013), section 10.3): fewer products
+    in float32, and rounding grows much less from step to step; keeps 2 max_steps P numbers.
     """
     norm = jnp.linalg.norm(b)
     scale = jnp.where(norm > 0, norm, 1)
     b, x = b / scale, x / scale
-    begin = _begin(b, x, product(x))
-    z = precondition(begin.r)
-    begin = begin._replace(p=z, rz=jnp.vdot(begin.r, z))
+    begin, basis = _begin(max_steps, b, x, product(x))
 
-    def on(it: _Iterate) -> Array:
+    def on(carry: tuple[_Iterate, Array]) -> Array:
+        it, _ = carry
         unsolved = it.best_rr > jnp.asarray(tolerance, b.dtype) ** 2
         return unsolved & (it.products <= max_steps) & jnp.isfinite(it.rz) & (it.rz > 0)
 
-    def step(it: _Iterate) -> _Iterate:
-        it = _descended(it, product(it.p))
-        return _turned(it, precondition(it.r))
+    def step(carry: tuple[_Iterate, Array]) -> tuple[_Iterate, Array]:
+        it, basis = carry
+        it = _descended(it, basis, product(it.p))
+        return _turned(basis, it, precondition(it.r))
 
-    it = while_loop(on, step, begin)
+    it, _ = while_loop(on, step, _turned(basis, begin, precondition(begin.r)))
     return it.best * scale, it.products
 
 
-@jax.jit
-def _begin(b: Array, x: Array, ax: Array) -> _Iterate:
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(max_steps: int, b: Array, x: Array, ax: Array) -> tuple[_Iterate, Array]:
+    """An iterate without a direction yet, and room for the residuals to come."""
     r = b - ax
     better = jnp.vdot(r, r) < jnp.vdot(b, b)
     x, r = jnp.where(better, x, 0), jnp.where(better, r, b)
     rr = jnp.vdot(r, r)
-    return _Iterate(x, r, r, rr, x, rr, jnp.ones((), np.int32))
+    begin = _Iterate(x, r, jnp.zeros_like(r), rr, x, rr, jnp.ones((), np.int32))
+    return begin, jnp.zeros((2, max_steps, len(b)), b.dtype)
 
 
 @jax.jit
-def _descended(it: _Iterate, ap: Array) -> _Iterate:
+def _descended(it: _Iterate, basis: Array, ap: Array) -> _Iterate:
     alpha = it.rz / jnp.vdot(it.p, ap)
     x, r = it.x + alpha * it.p, it.r - alpha * ap
+    r = r - (basis[1] @ r) @ basis[0]
     rr = jnp.vdot(r, r)
     better = rr < it.best_rr
     best, best_rr = jnp.where(better, x, it.best), jnp.where(better, rr, it.best_rr)
     return it._replace(x=x, r=r, best=best, best_rr=best_rr, products=it.products + 1)
 
 
-@jax.jit
-def _turned(it: _Iterate, z: Array) -> _Iterate:
+@functools.partial(jax.jit, donate_argnums=0)
+def _turned(basis: Array, it: _Iterate, z: Array) -> tuple[_Iterate, Array]:
+    """The next direction; r and z enter the basis, over the root of r.z (the last ones, of no more use, do not fit)."""
     rz = jnp.vdot(it.r, z)
-    return it._replace(p=z + rz / it.rz * it.p, rz=rz)
+    pair = jnp.stack([it.r, z]) / jnp.sqrt(jnp.where(rz > 0, rz, 1))
+    basis = basis.at[:, it.products - 1].set(pair, mode="drop")
+    return it._replace(p=z + rz / it.rz * it.p, rz=rz), basis
 
 
 # --- the cost model ------------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ class GaussNewton:
         None: one for 20 parameters, at least 100.
     linear_solve: "dense" (Cholesky of A, P x P), "sample" (Cholesky in the space of the rows), "cg" (matrix-free), or
         "auto", the cheapest one by the cost model of `curvature.form_flops`.
-    cg_tolerance, cg_max_steps: relative residual at which CG ends, and its cap (the best iterate is kept).
+    cg_tolerance, cg_max_steps: relative residual at which CG ends, and its cap (the best iterate is kept). A solve
+        keeps 2 cg_max_steps P numbers.
     tolerance: CONVERGED when the gradient norm is this fraction of the largest one met; None: 1e-5 in float32, 1e-8
         in float64.
     """

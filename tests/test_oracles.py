@@ -257,6 +257,16 @@ def test_conjugate_gradients_reach_their_tolerance_in_float32_at_any_scale(norm:
     assert products < (15 if preconditioned else 300)
 
 
+def test_conjugate_gradients_stay_orthogonal_in_float32():
+    """They need no more products than there are unknowns; without care it is four times as many here."""
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(60, 60)))
+    a, b = (jnp.asarray(v, jnp.float32) for v in ((q * np.geomspace(1, 1e-4, 60)) @ q.T, rng.normal(size=60)))
+    x, products = conjugate_gradient(jax.lax.while_loop, lambda v: a @ v, lambda v: v, b, jnp.zeros_like(b), 1e-4, 300)
+    assert products <= 60
+    assert relative_error(np.asarray(a, float) @ np.asarray(x, float), np.asarray(b, float)) < 2e-4
+
+
 def test_conjugate_gradients_begin_where_they_ended():
     a, b = jnp.diag(jnp.arange(1.0, 9)), jnp.ones(8)
     solve = functools.partial(conjugate_gradient, jax.lax.while_loop, lambda v: a @ v, lambda v: v, b)
