@@ -83,9 +83,13 @@ def race_row(record: dict) -> str:
     driver = {"subsetopt": "host", "compiled": "compiled"}[final["fastest"]]
     name = f"{record['name']}, N = {config['examples']:,}, P = {config['parameters']:,} | {driver}"
     peers = ("optax", "jaxopt", "optimistix", "scipy", "torch")
-    ratios = [f"{final[peer]['speedup']:.2g}" if final[peer]["speedup"] else "-" for peer in peers]
-    ours, bare = final["subsetopt"]["evaluations_per_step"], final["overhead"]["overhead"]
-    return f"| {name} | {ours:.3g} | {bare:.1%} | {' | '.join(ratios)} |"
+    ratios = [ratio(final[peer]["speedup"]) if peer in final else "not run" for peer in peers]
+    ours, bare = final["subsetopt"]["evaluations_per_step"], 1 + final["overhead"]["overhead"]
+    return f"| {name} | {ours:.3g} | {bare:.3g} | {' | '.join(ratios)} |"
+
+
+def ratio(speedup: float | None) -> str:
+    return "-" if speedup is None else f"{speedup:.2g}" if speedup < 100 else f"{speedup:.0f}"
 
 
 def is_runnable(module: str) -> bool:
