@@ -356,7 +356,9 @@ class MatrixFree:
             n = self._examples(problem)
             _, fresh = problem.draw(draw, uncertainty, n, np.int32(n))
             sample = _turned_over(self.recipe.averaging, kept, fresh, turn)
-        space, cost = self._row_space().renewed(problem, w, uncertainty, kept.rows, rows)
+        # Of the sample's own examples, uniformly: rows of others say little about an A of fewer rows than parameters.
+        own, alike = problem.using(sample), jnp.ones(len(sample.indices), w.dtype)
+        space, cost = self._row_space().renewed(own, w, alike, kept.rows, rows)
         return Examples(sample, space, kept.solution), cost
 
     def mean_diagonal(self, problem: Problem, w: Array, kept: Examples, key: Array) -> tuple[Array, Any]:
