@@ -43,6 +43,7 @@ from paper_figures import solver_speed as figure
 from subsetopt import LBFGS, GaussNewton, Progress
 
 MEMORY = 20  # pairs of every L-BFGS: our default, where the peers' is 10
+OWN_LBFGS = LBFGS(memory=MEMORY, tolerance=0)  # takes all the steps it is given
 LONGER = 2  # ours runs on for this many times the steps, to show when it has a peer's last loss
 SLOW, SLOW_STEPS = (10.0, 30)  # a run whose steps take more than 10 s ends after 30
 SAME_LOSS = 1e-3  # a loss counts as reached within 0.1 %: on a plateau the last digits are rounding
@@ -209,12 +210,12 @@ def ours(problem: Problem, meter: Meter, block_size: int, solver: Any, driver: s
 
 
 def our_lbfgs(problem: Problem, meter: Meter, block_size: int) -> None:
-    ours(problem, meter, block_size, LBFGS(memory=MEMORY, tolerance=0))
+    ours(problem, meter, block_size, OWN_LBFGS)
 
 
 def our_compiled_lbfgs(problem: Problem, meter: Meter, block_size: int) -> None:
     """By the other driver, which on a CPU has to be asked for."""
-    ours(problem, meter, block_size, LBFGS(memory=MEMORY, tolerance=0), "compiled")
+    ours(problem, meter, block_size, OWN_LBFGS, "compiled")
 
 
 def our_gauss_newton(problem: Problem, meter: Meter, block_size: int) -> None:
@@ -489,8 +490,7 @@ def overhead(problem: Problem, block_size: int) -> dict[str, float]:
         bares.append(_seconds(evaluate, progress.params))
         before[:] = time.perf_counter(), evaluations
 
-    solver = LBFGS(memory=MEMORY, tolerance=0)
-    problem.fit(solver, block_size, max_steps=problem.setting.overhead_steps, callback=alternate)
+    problem.fit(OWN_LBFGS, block_size, max_steps=problem.setting.overhead_steps, callback=alternate)
     compiled = min(3, len(steps) - 1)
     step, bare = statistics.median(steps[compiled:]), statistics.median(bares[compiled:])
     return {"overhead": step / bare - 1, "seconds_per_evaluation": step, "bare_seconds": bare}
@@ -508,7 +508,7 @@ def scale(problem: Problem, block_size: int) -> dict[str, float]:
             return factor * optax.softmax_cross_entropy_with_integer_labels(f, y)
 
         options = {"loss": losses, "l2": factor * problem.setting.l2, "max_steps": steps}
-        return ravel_pytree(problem.fit(LBFGS(memory=MEMORY, tolerance=0), block_size, **options).params)[0]
+        return ravel_pytree(problem.fit(OWN_LBFGS, block_size, **options).params)[0]
 
     reference = parameters(1.0)
     largest = jnp.max(jnp.abs(reference))

@@ -110,8 +110,8 @@ def fit_subset(
 
     Args:
         model: flax.linen.Module, flax.nnx.Module (in eval mode), or apply(params, x) -> outputs (n, ...).
-        data: (x, y), N examples along the first axis: NumPy arrays, a memmap, or JAX arrays. On a CPU each evaluation
-            copies NumPy arrays block by block, a sixth of a dense network's time, but not JAX arrays.
+        data: (x, y), N examples along the first axis: NumPy arrays, a memmap, or JAX arrays. On a CPU an evaluation
+            of the whole set copies NumPy arrays block by block, which a dense network notices, but not JAX arrays.
         params: start; None: linen init from `seed`, or the nnx module's own.
         trainable: bools or boolean arrays shaped like params: what may move. P counts the True entries.
         loss: "softmax_cross_entropy", "squared_error" (1/2 sum of squares), or a function (outputs, y) -> (n,).
