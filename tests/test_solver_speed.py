@@ -119,11 +119,13 @@ def test_scaling_by_a_power_of_two_changes_nothing():
     assert solver_speed.scale(problem, 400)["2^-20"] == 0
 
 
-def test_slow_run_ends_early():
+@pytest.mark.parametrize(("seconds", "going"), [(330, False), (170, True)])
+def test_run_ends_early_where_its_first_steps_are_slow_on_the_whole(seconds, going):
     meter = Meter(100)
-    meter.add(1, 1, 0.5, seconds=11)
-    meter.add(30, 30, 0.4, seconds=330)
-    assert not meter.going
+    meter.add(1, 1, 0.5, seconds=60)  # one slow step, as where a line search tries a second point, does not end it
+    assert meter.going
+    meter.add(30, 30, 0.4, seconds=seconds)
+    assert meter.going == going
 
 
 def curve(losses: list[float], seconds: float) -> dict[str, list]:
