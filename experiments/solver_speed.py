@@ -45,7 +45,7 @@ from subsetopt import LBFGS, GaussNewton, Progress
 MEMORY = 20  # pairs of every L-BFGS: our default, where the peers' is 10
 OWN_LBFGS = LBFGS(memory=MEMORY, tolerance=0)  # takes all the steps it is given
 LONGER = 2  # ours runs on for this many times the steps, to show when it has a peer's last loss
-SLOW, SLOW_STEPS = (10.0, 30)  # a run whose first 30 steps take more than 10 s each ends there
+SLOW, SLOW_STEPS = (10.0, 30)  # a run ends, from step 30 on, where a step takes more than 10 s on average
 SAME_LOSS = 1e-3  # a loss counts as reached within 0.1 %: on a plateau the last digits are rounding
 
 
