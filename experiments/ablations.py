@@ -34,19 +34,22 @@ COSTS = {"digits": (4, 8, 12, 16, 20), "cifar16": (2, 3, 4, 5, 6), "mnist14": (2
 
 @dataclasses.dataclass(frozen=True)
 class OtherDraw(GaussNewton):
-    """Curvature rows and trial examples drawn in another way than by output uncertainty: "uniform" or "slope"."""
+    """Curvature rows and trial examples drawn otherwise than by output uncertainty: "uniform", "slope" or "root" of it."""
 
     draw: str = "uniform"
 
     def _best_candidate(self, problem: Any, form: Any, state: Any) -> Any:
-        return super()._best_candidate(problem, form, self._drawing(state))
+        after, choice = super()._best_candidate(problem, form, self._drawing(state))
+        return after.replace(evaluation=state.evaluation), choice
 
     def _with_curvature(self, problem: Any, form: Any, state: Any) -> Any:
-        return super()._with_curvature(problem, form, self._drawing(state))
+        after = super()._with_curvature(problem, form, self._drawing(state))
+        return after.replace(evaluation=state.evaluation)
 
     def _drawing(self, state: Any) -> Any:
         known = state.evaluation
-        other = jnp.ones_like(known.slope) if self.draw == "uniform" else known.slope
+        uniform, root = jnp.ones_like(known.slope), jnp.sqrt(known.uncertainty)
+        other = {"uniform": uniform, "slope": known.slope, "root": root}[self.draw]
         return state.replace(evaluation=known._replace(uncertainty=other))
 
 
@@ -107,6 +110,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "draws": {
         "rows drawn uniformly": {"solver": OtherDraw(draw="uniform")},
         "rows drawn by slope": {"solver": OtherDraw(draw="slope")},
+        "rows drawn by root": {"solver": OtherDraw(draw="root")},
     },
     "averaging": {
         "no averaging": solver(averaging=0.0),
