@@ -34,7 +34,7 @@ COSTS = {"digits": (4, 8, 12, 16, 20), "cifar16": (2, 3, 4, 5, 6), "mnist14": (2
 
 @dataclasses.dataclass(frozen=True)
 class OtherDraw(GaussNewton):
-    """Curvature rows and trial examples drawn otherwise than by output uncertainty: "uniform", "slope" or "root" of it."""
+    """Curvature rows and trial examples drawn in another way: "uniform", by "slope" or by the "root" of uncertainty."""
 
     draw: str = "uniform"
 
