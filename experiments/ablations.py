@@ -34,23 +34,26 @@ COSTS = {"digits": (4, 8, 12, 16, 20), "cifar16": (2, 3, 4, 5, 6), "mnist14": (2
 
 @dataclasses.dataclass(frozen=True)
 class OtherDraw(GaussNewton):
-    """Curvature rows and trial examples drawn in another way: "uniform", by "slope" or by the "root" of uncertainty."""
+    """Curvature rows or trial examples drawn in another way than by uncertainty and its root."""
 
-    draw: str = "uniform"
+    rows: str = "uncertainty"
+    trials: str = "root"
 
     def _best_candidate(self, problem: Any, form: Any, state: Any) -> Any:
-        after, choice = super()._best_candidate(problem, form, self._drawing(state))
+        after, choice = super()._best_candidate(problem, form, _drawing(state, self.trials, power=2))
         return after.replace(evaluation=state.evaluation), choice
 
     def _with_curvature(self, problem: Any, form: Any, state: Any) -> Any:
-        after = super()._with_curvature(problem, form, self._drawing(state))
+        after = super()._with_curvature(problem, form, _drawing(state, self.rows))
         return after.replace(evaluation=state.evaluation)
 
-    def _drawing(self, state: Any) -> Any:
-        known = state.evaluation
-        uniform, root = jnp.ones_like(known.slope), jnp.sqrt(known.uncertainty)
-        other = {"uniform": uniform, "slope": known.slope, "root": root}[self.draw]
-        return state.replace(evaluation=known._replace(uncertainty=other))
+
+def _drawing(state: Any, by: str, power: int = 1) -> Any:
+    """The state with another uncertainty, `power`: of which the solver takes what root."""
+    known = state.evaluation
+    given = {"uncertainty": known.uncertainty, "root": jnp.sqrt(known.uncertainty), "slope": known.slope}
+    other = (given | {"uniform": jnp.ones_like(known.slope)})[by]
+    return state.replace(evaluation=known._replace(uncertainty=other**power))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +111,11 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "rows rounded to bfloat16": solver(curvature_precision="bfloat16"),
     },
     "draws": {
-        "rows drawn uniformly": {"solver": OtherDraw(draw="uniform")},
-        "rows drawn by slope": {"solver": OtherDraw(draw="slope")},
-        "rows drawn by root": {"solver": OtherDraw(draw="root")},
+        "rows drawn uniformly": {"solver": OtherDraw(rows="uniform")},
+        "rows drawn by slope": {"solver": OtherDraw(rows="slope")},
+        "rows drawn by root": {"solver": OtherDraw(rows="root")},
+        "trials drawn uniformly": {"solver": OtherDraw(trials="uniform")},
+        "trials drawn by slope": {"solver": OtherDraw(trials="slope")},
     },
     "averaging": {
         "no averaging": solver(averaging=0.0),

@@ -299,11 +299,7 @@ class Problem:
         return self._reduce(kernel, self.objective, (), (w, self.constants), sample, extra, self._row_block(u))[1]
 
     def draw(self, key: Array, uncertainty: Any, most: int, n: Any) -> tuple[Any, Sample]:
-        """Draw n of at most so many examples of the subset by uncertainty: positions in the subset, and the sample.
-
-        In proportion to trace H_i: with rows of all the same length otherwise, the probabilities that keep the sampled
-        matrix closest to J'HJ (length-squared sampling: Drineas, Kannan and Mahoney, SIAM J. Computing 36, 2006, 132).
-        """
+        """Draw n of at most so many examples of the subset by uncertainty: positions in the subset, and the sample."""
         positions, weights = _draw(most, n, key, uncertainty, jnp.asarray(self.weights), self.count)
         return positions, Sample(self.subset[positions], weights, n)
 
