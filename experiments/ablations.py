@@ -34,26 +34,20 @@ COSTS = {"digits": (4, 8, 12, 16, 20), "cifar16": (2, 3, 4, 5, 6), "mnist14": (2
 
 @dataclasses.dataclass(frozen=True)
 class OtherDraw(GaussNewton):
-    """Curvature rows or trial examples drawn in another way than by uncertainty and its root."""
+    """Curvature rows and trial examples drawn in another way than by output uncertainty: "uniform" or "slope"."""
 
-    rows: str = "uncertainty"
-    trials: str = "root"
+    draw: str = "uniform"
 
     def _best_candidate(self, problem: Any, form: Any, state: Any) -> Any:
-        after, choice = super()._best_candidate(problem, form, _drawing(state, self.trials, power=2))
-        return after.replace(evaluation=state.evaluation), choice
+        return super()._best_candidate(problem, form, self._drawing(state))
 
     def _with_curvature(self, problem: Any, form: Any, state: Any) -> Any:
-        after = super()._with_curvature(problem, form, _drawing(state, self.rows))
-        return after.replace(evaluation=state.evaluation)
+        return super()._with_curvature(problem, form, self._drawing(state))
 
-
-def _drawing(state: Any, by: str, power: int = 1) -> Any:
-    """The state with another uncertainty, `power`: of which the solver takes what root."""
-    known = state.evaluation
-    given = {"uncertainty": known.uncertainty, "root": jnp.sqrt(known.uncertainty), "slope": known.slope}
-    other = (given | {"uniform": jnp.ones_like(known.slope)})[by]
-    return state.replace(evaluation=known._replace(uncertainty=other**power))
+    def _drawing(self, state: Any) -> Any:
+        known = state.evaluation
+        other = jnp.ones_like(known.slope) if self.draw == "uniform" else known.slope
+        return state.replace(evaluation=known._replace(uncertainty=other))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +105,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "rows rounded to bfloat16": solver(curvature_precision="bfloat16"),
     },
     "draws": {
-        "rows drawn uniformly": {"solver": OtherDraw(rows="uniform")},
-        "rows drawn by slope": {"solver": OtherDraw(rows="slope")},
-        "rows drawn by root": {"solver": OtherDraw(rows="root")},
-        "trials drawn uniformly": {"solver": OtherDraw(trials="uniform")},
-        "trials drawn by slope": {"solver": OtherDraw(trials="slope")},
+        "rows drawn uniformly": {"solver": OtherDraw(draw="uniform")},
+        "rows drawn by slope": {"solver": OtherDraw(draw="slope")},
     },
     "averaging": {
         "no averaging": solver(averaging=0.0),

@@ -8,7 +8,7 @@ On fresh subsets g may be averaged over steps as A is, the old one carried to th
 
 Gauss-Newton and its damping: Nocedal and Wright, Numerical Optimization (2006), section 10.3; Martens, Deep learning
 via Hessian-free optimization (2010), for J'HJ with the output Hessian H and curvature on a sample. Ours, all of them
-heuristics chosen by measurement (experiments/ablations.py): one random row an example, drawn by the trace of H, a
+heuristics chosen by measurement (experiments/ablations.py): one random row an example drawn by output uncertainty, a
 little averaging over steps (of the gradient: for a linear model, a Kalman filter of constant gain), and damping,
 momentum and length picked among candidates by the loss on a small sample instead of a gain ratio.
 """
@@ -265,9 +265,7 @@ class GaussNewton:
 
         def drawn() -> tuple[Any, Sample]:
             n = min(trial, size)
-            # By the slope |dl_i/df_i| that the model expects; by the one that it has, a few wrong examples rule.
-            expected = jnp.sqrt(state.evaluation.uncertainty)
-            positions, sample = problem.draw(key, expected, n, np.int32(n))
+            positions, sample = problem.draw(key, state.evaluation.uncertainty, n, np.int32(n))
             indices, weights = (jnp.pad(jnp.asarray(a), (0, size - n)) for a in sample[:2])
             return jnp.pad(positions, (0, size - n)), Sample(indices, weights, jnp.asarray(sample.count))
 

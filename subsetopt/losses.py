@@ -20,7 +20,7 @@ class Loss:
     values: (f, y) -> (n,) losses.
     root: (f, y, u) -> (n, M) products B_i u_i.
     hessian: (f, y, v) -> (n, M) products H_i v_i.
-    uncertainty: (f, y) -> (n,) trace H_i, how much example i can still say about the curvature.
+    uncertainty: (f, y) -> (n,) s_i = sqrt(trace H_i), how much example i can still say about the curvature.
     residual: (f, y) -> (n, M) c_i with B_i c_i = dl_i/df_i; None where the loss gives no such c.
     """
 
@@ -55,9 +55,9 @@ def _softmax_hessian(f: Array, y: Array, v: Array) -> Array:
 
 
 def _softmax_uncertainty(f: Array, y: Array) -> Array:
-    """1 - sum p^2, as sum p (1 - p): no cancellation where the model is sure."""
+    """sqrt(1 - sum p^2), as sqrt(sum p (1 - p)): no cancellation where the model is sure."""
     p = jax.nn.softmax(f)
-    return jnp.sum(p * (1 - p), axis=-1)
+    return jnp.sqrt(jnp.sum(p * (1 - p), axis=-1))
 
 
 def _softmax_residual(f: Array, y: Array) -> Array:
@@ -77,7 +77,7 @@ def _squared_values(f: Array, y: Array) -> Array:
 
 def _squared_uncertainty(f: Array, y: Array) -> Array:
     flat = _flat(f)
-    return jnp.full(flat.shape[:1], flat.shape[1], f.dtype)
+    return jnp.full(flat.shape[:1], flat.shape[1] ** 0.5, f.dtype)
 
 
 def _hessians(values: Callable[[Array, Array], Array], f: Array, y: Array) -> Array:
@@ -109,7 +109,8 @@ def _custom(values: Callable[[Array, Array], Array]) -> Loss:
         return jnp.einsum("nij,njk,nk->ni", b, b, _flat(v)).reshape(f.shape)
 
     def uncertainty(f: Array, y: Array) -> Array:
-        return jnp.maximum(jnp.trace(_hessians(values, f, y), axis1=1, axis2=2), 0)
+        trace = jnp.trace(_hessians(values, f, y), axis1=1, axis2=2)
+        return jnp.sqrt(jnp.maximum(trace, 0))
 
     return Loss(values, root, hessian, uncertainty)
 

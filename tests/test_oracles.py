@@ -232,7 +232,7 @@ def test_root_times_its_transpose_is_the_output_hessian(loss: Any, targets: str,
     np.testing.assert_allclose(b @ b.transpose(0, 2, 1), expected, atol=1e-14)
     np.testing.assert_allclose(columns(kernels.hessian), expected, atol=1e-14)
     trace = np.trace(expected, axis1=1, axis2=2)
-    np.testing.assert_allclose(kernels.uncertainty(f, y), np.maximum(trace, 0), atol=1e-14)
+    np.testing.assert_allclose(kernels.uncertainty(f, y), np.sqrt(np.maximum(trace, 0)), atol=1e-7)
     slopes = jax.jacobian(lambda f: kernels.values(f, y))(f)[np.arange(n), np.arange(n)]
     np.testing.assert_allclose(kernels.slope(f, y), np.linalg.norm(slopes, axis=1), atol=1e-12)
 
