@@ -108,11 +108,9 @@ SHORT_PAPER: Row = {"paper_epochs": 300, "paper_whole": (10,)}  # where an epoch
 SETTINGS = {
     "digits": Setting((3, 10, 30, 100, 300, 1000), fit_epochs=100, lbfgs_epochs=100),
     "mnist14": Setting((3, 10, 30, 100), untuned=(100,), fit_epochs=12, lbfgs_epochs=40),
-    "mnist28": Setting((3, 10, 30, 100), untuned=(100,), longest_sgd=10, fit_epochs=11, lbfgs_epochs=20, **SHORT_PAPER),
+    "mnist28": Setting((3, 10, 30, 100), untuned=(100,), fit_epochs=11, lbfgs_epochs=20, **SHORT_PAPER),
     "cifar16": Setting((3, 10, 30, 100, 300, 1000), untuned=(1000,), longest_sgd=300, fit_epochs=35),
-    "cifar32-4k": Setting(
-        (3, 10, 30, 100), untuned=(100,), longest_sgd=3, fit_epochs=20, lbfgs_epochs=15, **SHORT_PAPER
-    ),
+    "cifar32-4k": Setting((3, 10, 30, 100), untuned=(100,), fit_epochs=20, lbfgs_epochs=15, **SHORT_PAPER),
     "cifar32": Setting(
         (3, 10, 30, 100), untuned=(100,), same_batch=(30,), longest_sgd=3, fit_epochs=20, lbfgs_epochs=15, **SHORT_PAPER
     ),
