@@ -1,4 +1,4 @@
-"""What it costs to reach the losses that Adam ends with: who is there first, and from which budget on Adam is not.
+"""What it costs to reach what Adam and SGD end with: who has the loss first, and from which budget on Adam has not.
 
 A row is a point of a run: its method's name aside, `seed`, the three costs so far, `full_loss` and what was tested;
 of first-order training also `budget_epochs`, `rate` and `batch_size`.
@@ -27,18 +27,21 @@ def of_budget(rows: Sequence[Row], epochs: int) -> list[Row]:
 
 
 def summary(rows: dict[str, list[Row]], budgets: Sequence[int], rivals: Sequence[str]) -> dict[str, Any]:
-    """For each budget: what Adam reached, and what it cost its rivals; then from which budget on they cost less.
+    """For each budget: what Adam and SGD reached, and what that cost the rivals; then where they cost less than Adam.
 
     rows: of each method, with its three costs, `seed`, `full_loss` and what was tested.
     """
     targets: dict[str, Any] = {}
     for epochs in budgets:
-        mine = tuned(rows["adam"], epochs)
+        mine, sgd = (tuned(rows[name], epochs) for name in ("adam", "sgd"))
         if mine["loss"] is not None:  # else it diverged: no target
-            races = {name: race(rows[name], mine) for name in rivals}
-            sgd = {"sgd": tuned(rows["sgd"], epochs)} if of_budget(rows["sgd"], epochs) else {}
-            targets[str(epochs)] = {"adam": mine} | sgd | races
+            targets[str(epochs)] = {"adam": mine, "sgd": sgd | against(rows, rivals, sgd)} | against(rows, rivals, mine)
     return {"targets": targets, "break_even": {name: break_evens(targets, name) for name in rivals}}
+
+
+def against(rows: dict[str, list[Row]], rivals: Sequence[str], winner: Row) -> dict[str, Row]:
+    """What a winner's loss cost its rivals, each by name; nothing where it diverged."""
+    return {} if winner["loss"] is None else {name: race(rows[name], winner) for name in rivals}
 
 
 def tuned(rows: Sequence[Row], epochs: int) -> Row:
@@ -53,16 +56,16 @@ def tuned(rows: Sequence[Row], epochs: int) -> Row:
     return {"budget_epochs": epochs, "loss": median(losses), "losses": losses} | choice | tests | cost
 
 
-def race(rows: Sequence[Row], adam: Row) -> Row:
-    """When a method first has Adam's loss, by seed: costs, and Adam's costs over them."""
-    found = [cheapest([row for row in rows if row["seed"] == seed], adam["loss"]) for seed in seeds_of(rows)]
+def race(rows: Sequence[Row], winner: Row) -> Row:
+    """When a method first has a winner's loss, by seed: costs, and the winner's costs over them."""
+    found = [cheapest([row for row in rows if row["seed"] == seed], winner["loss"]) for seed in seeds_of(rows)]
     result: Row = {}
     for key in (*COSTS, *TESTS):
         values = [None if point is None else point[key] for point in found]
         result[key] = {"by_seed": values, "median": median(values, WORST[key])}
     for key in COSTS:
         costs = [*result[key]["by_seed"], result[key]["median"]]
-        *ratios, middle = [None if cost is None else adam[key] / cost for cost in costs]
+        *ratios, middle = [None if cost is None else winner[key] / cost for cost in costs]
         result[f"{key}_ratio"] = {"by_seed": ratios, "median": middle}
     return result
 

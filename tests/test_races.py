@@ -83,3 +83,21 @@ def test_target_is_the_median_of_the_winner():
     ]
     target = races.tuned(rows, 3)
     assert (target["loss"], target["losses"], target["rate"]) == (0.4, [0.3, 0.5, 0.4], 0.1)
+
+
+def test_rivals_run_against_adam_and_against_sgd():
+    """SGD that diverged is no target; Adam's targets stand without it."""
+
+    def trained(loss: float | None, epochs: int) -> Row:
+        cost = dict.fromkeys(races.COSTS, 400.0)
+        return run(loss, rate=0.1, batch_size=128, seed=0, budget_epochs=epochs) | cost
+
+    rows = {
+        "adam": [trained(0.1, 3), trained(0.1, 10)],
+        "sgd": [trained(0.01, 3), trained(None, 10)],
+        "ours": snapshots(1.0, 0.1, 0.01, 0.001),
+    }
+    short, long = races.summary(rows, (3, 10), ["ours"])["targets"].values()
+    assert short["ours"]["seconds_ratio"]["median"] == long["ours"]["seconds_ratio"]["median"] == pytest.approx(2)
+    assert short["sgd"]["ours"]["seconds_ratio"]["median"] == pytest.approx(4 / 3)
+    assert "ours" not in long["sgd"]

@@ -61,14 +61,15 @@ def headline_rows(record: dict) -> list[str]:
 
 
 def headline(examples: int, target: dict) -> list[str]:
-    """What Adam and SGD reach in a budget, and what ours costs there; dashes where there is no such run."""
+    """What Adam and SGD reach in a budget, and what ours costs there; dashes where it never has Adam's loss."""
     adam, ours = target["adam"], target["gauss_newton"]
-    sgd = f"{target['sgd']['loss']:.3g}" if "sgd" in target else "-"
+    sgd, ratio = target["sgd"], target["sgd"]["gauss_newton"]["sample_grads_ratio"]["median"]
     spent = ours["sample_grads"]["median"]
     ratios = [ours[f"{key}_ratio"]["median"] for key in ("sample_grads", "flops", "seconds")]
     reached = [f"{spent / examples:.1f}", *(f"{ratio:.2g}" for ratio in ratios)] if spent else ["-"] * 4
     tests = adam["test_accuracy"], ours["test_accuracy"]["median"]
-    return [f"{adam['loss']:.3g}", sgd, *reached, *(f"{test:.1%}" if test else "-" for test in tests)]
+    beside = f"{sgd['loss']:.3g} ({ratio:.2g})"
+    return [f"{adam['loss']:.3g}", beside, *reached, *(f"{test:.1%}" if test else "-" for test in tests)]
 
 
 def change_rows(readme: str) -> list[list[str]]:
