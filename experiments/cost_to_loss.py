@@ -496,7 +496,7 @@ def print_table(record: dict[str, Any]) -> None:
         choice, accuracy = f"{adam['rate']:g}, {adam['batch_size']}", f"{adam['test_accuracy']:.2%}"
         spread = f"{adam['loss']:.4g} ({_range(adam['losses'])})"
         table.add_row(epochs, choice, spread, accuracy, *ratios, _beside_sgd(target["sgd"]))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     for name in OURS:
         budgets = (f"{_number(epochs)} ({cost})" for cost, epochs in final["break_even"][name].items())
         print(f"{name} costs no more from this budget of Adam's on: {', '.join(budgets)}")
