@@ -410,6 +410,7 @@ class Job(jobs.Job):
         shape, outputs = problem.train[0].shape[1:], problem.network.classes
         ratio = overdetermination_ratio(problem.price.examples, outputs, problem.parameters)
         sizes = {"examples": problem.price.examples, "shape": shape, "parameters": problem.parameters, "ratio": ratio}
+        sizes["inputs"] = "standardised by channel"
         ladders = {
             name: {str(epochs): ladder(name, epochs)[: setting.rates] for epochs in setting.budgets}
             for name in OPTIMIZERS

@@ -7,6 +7,8 @@ mnist28       60,000   28x28x1    11,146   54
 cifar16       20,000   16x16x3    3,030    66
 cifar32-4k    50,000   32x32x3    3,878    129
 cifar32       50,000   32x32x3    9,410    53
+
+Every channel of the inputs has mean 0 and variance 1 over the training examples.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import functools
 from typing import Any
 
 import jax
+from sklearn.preprocessing import StandardScaler
 
 from experiments.data import downsample, load
 from experiments.models import FAMILY
@@ -39,15 +42,15 @@ class Problem:
         """The flax module."""
         return FAMILY[self.model].model
 
-    @functools.cached_property
+    @property
     def train(self) -> Arrays:
         """Images and labels to train on."""
-        return self._read("train", self.examples)
+        return self._splits["train"]
 
-    @functools.cached_property
+    @property
     def test(self) -> Arrays:
         """Images and labels to test on."""
-        return self._read("test", self.tests)
+        return self._splits["test"]
 
     @functools.cached_property
     def price(self) -> Price:
@@ -63,10 +66,17 @@ class Problem:
         """So few examples that a run takes seconds."""
         return dataclasses.replace(self, examples=300, tests=300)
 
-    def _read(self, split: str, n: int | None) -> Arrays:
-        x, y = load(self.images, split)
-        x, y = x[:n], y[:n]
-        return (downsample(x, self.window) if self.window > 1 else x), y
+    @functools.cached_property
+    def _splits(self) -> dict[str, Arrays]:
+        """Without standardised inputs all methods are slower, first-order training most of all."""
+        scaler = StandardScaler()
+        ways = {"train": (self.examples, scaler.fit_transform), "test": (self.tests, scaler.transform)}
+        splits = {}
+        for split, (n, scaled) in ways.items():
+            x, y = load(self.images, split)
+            x = downsample(x[:n], self.window)
+            splits[split] = scaled(x.reshape(-1, x.shape[-1])).reshape(x.shape), y[:n]
+        return splits
 
 
 PROBLEMS = {

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import cost_to_loss, records
 from experiments.cost_to_loss import Arguments, Job, Row, Setting, Watch
+from experiments.data import load
 from experiments.problems import PROBLEMS
 from paper_figures import cost_to_loss as figure
 from paper_figures import style
@@ -130,6 +131,16 @@ def test_run_that_diverges_has_no_loss(rate: float, tmp_path: Path):
     assert row["sample_grads"] == 300
     records.keep(row, tmp_path / "row.json")
     assert json.loads((tmp_path / "row.json").read_text()) == row
+
+
+def test_inputs_are_standardised_over_the_training_examples():
+    problem = PROBLEMS["digits"]
+    x, _ = problem.train
+    np.testing.assert_allclose([x.mean(dtype=float), x.std(dtype=float)], [0, 1], atol=1e-6)
+    pixels, tests = (load("digits", split)[0] for split in ("train", "test"))
+    expected = (tests - pixels.mean(dtype=float)) / pixels.std(dtype=float)
+    np.testing.assert_allclose(problem.test[0], expected, rtol=1e-5, atol=1e-6)
+    assert problem.test[0].dtype == np.float32
 
 
 class Grid:
