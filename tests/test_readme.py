@@ -53,9 +53,10 @@ def table_rows(record: dict) -> list[str]:
 
 
 def headline_rows(record: dict) -> list[str]:
-    """The rows that the README shows of a record of `cost_to_loss`."""
+    """The rows that the README shows of a record of `cost_to_loss`; a star: of pixels as they are."""
     config = record["config"]
-    name = f"{config['problem']}, N = {config['examples']:,}, P = {config['parameters']:,}"
+    star = "" if "inputs" in config else "*"
+    name = f"{config['problem']}{star}, N = {config['examples']:,}, P = {config['parameters']:,}"
     targets = record["final"]["targets"].items()
     return [f"| {name} | {int(epochs):,} | {' | '.join(headline(config['examples'], t))} |" for epochs, t in targets]
 
