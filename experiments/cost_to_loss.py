@@ -410,7 +410,6 @@ class Job(jobs.Job):
         shape, outputs = problem.train[0].shape[1:], problem.network.classes
         ratio = overdetermination_ratio(problem.price.examples, outputs, problem.parameters)
         sizes = {"examples": problem.price.examples, "shape": shape, "parameters": problem.parameters, "ratio": ratio}
-        sizes["inputs"] = "standardised by channel"
         ladders = {
             name: {str(epochs): ladder(name, epochs)[: setting.rates] for epochs in setting.budgets}
             for name in OPTIMIZERS
@@ -420,6 +419,7 @@ class Job(jobs.Job):
         growth = {name: repr(solver.growth) for name, solver in SOLVERS.items()}
         return {"problem": self.plain_name, **dataclasses.asdict(problem), "network": repr(problem.network)} | {
             **sizes,
+            "inputs": "standardised by channel",
             **dataclasses.asdict(setting),
             "ladders": ladders,
             "finetune_rates": FINETUNE_RATES,
