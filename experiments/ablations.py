@@ -201,14 +201,10 @@ class Job(jobs.Job):
 
     def config(self) -> dict[str, Any]:
         """What the result depends on, in full."""
-        sizes = {"parameters": self.problem.parameters, "network": repr(self.problem.network)}
         studies = {name: {v: repr(options) for v, options in variants.items()} for name, variants in STUDIES.items()}
         defaults = {"solver": repr(GaussNewton()), "growth": repr(GaussNewton.growth)}
-        return (
-            dataclasses.asdict(self.problem)
-            | sizes
-            | {"epochs": self.costs, "seeds": self.seeds, "studies": studies, "defaults": defaults}
-        )
+        grid = {"epochs": self.costs, "seeds": self.seeds, "studies": studies, "defaults": defaults}
+        return self.problem.config() | grid
 
 
 def loss_at(run: list[dict[str, Any]], costs: list[float]) -> list[float | None]:

@@ -406,10 +406,7 @@ class Job(jobs.Job):
 
     def config(self) -> dict[str, Any]:
         """What the result depends on, in full."""
-        problem, setting = self.problem, self.setting
-        shape, outputs = problem.train[0].shape[1:], problem.network.classes
-        ratio = overdetermination_ratio(problem.price.examples, outputs, problem.parameters)
-        sizes = {"examples": problem.price.examples, "shape": shape, "parameters": problem.parameters, "ratio": ratio}
+        setting = self.setting
         ladders = {
             name: {str(epochs): ladder(name, epochs)[: setting.rates] for epochs in setting.budgets}
             for name in OPTIMIZERS
@@ -417,9 +414,9 @@ class Job(jobs.Job):
         recipe = {"ratio": PAPER_RATIO, "rate": PAPER_RATE, "batch_size": PAPER_BATCH, "subset_most_epochs": PAPER_MOST}
         solvers = {name: repr(solver) for name, solver in SOLVERS.items()}
         growth = {name: repr(solver.growth) for name, solver in SOLVERS.items()}
-        return {"problem": self.plain_name, **dataclasses.asdict(problem), "network": repr(problem.network)} | {
-            **sizes,
-            "inputs": "standardised by channel",
+        return {
+            "problem": self.plain_name,
+            **self.problem.config(),
             **dataclasses.asdict(setting),
             "ladders": ladders,
             "finetune_rates": FINETUNE_RATES,

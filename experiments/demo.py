@@ -21,7 +21,7 @@ from experiments import jobs
 from experiments.problems import PROBLEMS, Problem
 from experiments.runs import adam, fit_curve, loss_and_accuracy, tuned_adam
 from paper_figures import demo as figure
-from subsetopt import LBFGS, GaussNewton, Progress, fit_subset, overdetermination_ratio
+from subsetopt import LBFGS, GaussNewton, Progress, fit_subset
 
 SOLVERS = {"gauss_newton": GaussNewton(), "lbfgs": LBFGS()}
 METHODS = (*SOLVERS, "adam")
@@ -156,13 +156,10 @@ class Job(jobs.Job):
 
     def config(self) -> dict[str, Any]:
         """What the result depends on, in full."""
-        problem, outputs = self.problem, self.problem.network.classes
-        examples, shape = problem.price.examples, problem.train[0].shape[1:]
-        ratio = overdetermination_ratio(examples, outputs, problem.parameters)
-        setting = dataclasses.asdict(self.setting) | {"model": repr(problem.network), "examples": examples}
-        sizes = {"shape": shape, "parameters": problem.parameters, "outputs": outputs, "ratio": ratio}
+        setting = dataclasses.asdict(self.setting)
+        del setting["problem"]  # self.problem is that, or a tiny one
         solvers = {name: repr(solver) for name, solver in SOLVERS.items()}
-        return {"dataset": self.dataset, "seed": self.seed} | setting | sizes | solvers
+        return {"dataset": self.dataset, "seed": self.seed} | setting | self.problem.config() | solvers
 
 
 def say(text: str) -> None:

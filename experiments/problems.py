@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from experiments.data import downsample, load
 from experiments.models import FAMILY
 from experiments.runs import Arrays, Price, count, gradient_flops
+from subsetopt import overdetermination_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,13 @@ class Problem:
     def parameters(self) -> int:
         """P."""
         return count(self.network.init(jax.random.key(0), self.train[0][:1])["params"])
+
+    def config(self) -> dict[str, Any]:
+        """What records say of it."""
+        examples, parameters, outputs = self.price.examples, self.parameters, self.network.classes
+        found = {"examples": examples, "shape": self.train[0].shape[1:], "parameters": parameters, "outputs": outputs}
+        found |= {"ratio": overdetermination_ratio(examples, outputs, parameters), "network": repr(self.network)}
+        return dataclasses.asdict(self) | found | {"inputs": "standardised by channel"}
 
     def tiny(self) -> "Problem":
         """So few examples that a run takes seconds."""
