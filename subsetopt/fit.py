@@ -121,8 +121,8 @@ def fit_subset(
             "converged": the subset's minimum; a number: that many steps, and more where the last one was rejected on a
             fresh subset. None: the solver's own. The last stage goes on until it has converged, target_loss or
             max_steps; with "representative" and a subset as last stage, the probe ends that one too.
-        warmup_epochs: Adam on mini-batches of 32 before the first step, in epochs; 0: none. Its rate rises to P^-1/2
-            over the first tenth and decays as a cosine; no l2.
+        warmup_epochs: Adam on mini-batches of 32 before the first step, in epochs; 0: none. Its rate rises to
+            min(25 steps^-1/2, 2) P^-1/2 over the first tenth of its steps and decays as a cosine; no l2.
         seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
         l2: adds l2/2 |w|^2 over trainable parameters.
         max_steps: solver steps in all stages together; None: the solver's own.
