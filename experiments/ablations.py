@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax import Array
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +27,7 @@ from experiments.problems import PROBLEMS
 from experiments.runs import WHOLE, columns, finite, linear_algebra_flops, loss_and_accuracy, median
 from paper_figures import ablations as figure
 from subsetopt import GaussNewton, Progress, fit_subset
+from subsetopt.problem import Evaluation
 
 SEEDS = (0, 1, 2)
 # Epochs of cost at which losses are compared; the last one ends a run.
@@ -34,20 +36,12 @@ COSTS = {"digits": (4, 8, 12, 16, 20), "cifar16": (2, 3, 4, 5, 6), "mnist14": (2
 
 @dataclasses.dataclass(frozen=True)
 class OtherDraw(GaussNewton):
-    """Curvature rows and trial examples drawn in another way than by output uncertainty: "uniform" or "slope"."""
+    """Curvature rows and trial examples drawn by one thing only: "uncertainty" or "slope"; "uniform": by none."""
 
     draw: str = "uniform"
 
-    def _best_candidate(self, problem: Any, form: Any, state: Any) -> Any:
-        return super()._best_candidate(problem, form, self._drawing(state))
-
-    def _with_curvature(self, problem: Any, form: Any, state: Any) -> Any:
-        return super()._with_curvature(problem, form, self._drawing(state))
-
-    def _drawing(self, state: Any) -> Any:
-        known = state.evaluation
-        other = jnp.ones_like(known.slope) if self.draw == "uniform" else known.slope
-        return state.replace(evaluation=known._replace(uncertainty=other))
+    def _score(self, known: Evaluation) -> Array:
+        return jnp.ones_like(known.slope) if self.draw == "uniform" else getattr(known, self.draw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +100,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "draws": {
         "rows drawn uniformly": {"solver": OtherDraw(draw="uniform")},
+        "rows drawn by uncertainty": {"solver": OtherDraw(draw="uncertainty")},
         "rows drawn by slope": {"solver": OtherDraw(draw="slope")},
     },
     "averaging": {

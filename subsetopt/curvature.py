@@ -8,7 +8,7 @@ A ~ sum_i weight_i J_i' H_i J_i over a curvature sample. A form keeps what it ne
 
 Sources: Nocedal and Wright, Numerical Optimization (2006), section 10.3 and Algorithm 5.3; Martens, Deep learning via
 Hessian-free optimization (2010); for the push-through form, Chen et al., NetKet's minSR (2023). Heuristics, chosen by
-measurement: one random row an example drawn by output uncertainty, and averaging over steps.
+measurement: one random row an example, drawn by what the solver says of it, and averaging over steps.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ On fresh subsets g may be averaged over steps as A is, the old one carried to th
 
 Gauss-Newton and its damping: Nocedal and Wright, Numerical Optimization (2006), section 10.3; Martens, Deep learning
 via Hessian-free optimization (2010), for J'HJ with the output Hessian H and curvature on a sample. Ours, all of them
-heuristics chosen by measurement (experiments/ablations.py): one random row an example drawn by output uncertainty, a
+heuristics chosen by measurement (experiments/ablations.py): one random row an example drawn by uncertainty and slope, a
 little averaging over steps (of the gradient: for a linear model, a Kalman filter of constant gain), and damping,
 momentum and length picked among candidates by the loss on a small sample instead of a gain ratio.
 """
@@ -27,7 +27,7 @@ from subsetopt import checks
 from subsetopt.curvature import PRECISIONS, Form, Recipe, form_of
 from subsetopt.drivers import Sample
 from subsetopt.growth import Growth
-from subsetopt.problem import GRADIENT, LOSS, PRODUCT, ROW, Problem
+from subsetopt.problem import GRADIENT, LOSS, PRODUCT, ROW, Evaluation, Problem
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
 _RAISE, _MAX_REJECTIONS = 4.0, 12  # damping after a rejected step; 4^12: seven orders of magnitude
@@ -165,11 +165,15 @@ class GaussNewton:
         recipe = Recipe(*sampling, self.curvature_precision, self.cg_tolerance, self.cg_max_steps)
         return form_of(problem, recipe, self.linear_solve, len(self.damping_factors))
 
+    def _score(self, known: Evaluation) -> Array:
+        """(N,) by which examples are drawn: uncertainty and slope, each over its mean (heuristic, measured)."""
+        return _over_mean(known.uncertainty) + _over_mean(known.slope)
+
     def _with_curvature(self, problem: Problem, form: Form, state: State) -> State:
         """The state with a curvature sample and the gradient taken at its point, and a damping where there was none."""
         memory: Memory = state.memory
         key, draw, probe = jax.random.split(memory.key, 3)
-        kept, rows = form.renewed(problem, state.w, state.evaluation.uncertainty, memory.kept, draw)
+        kept, rows = form.renewed(problem, state.w, self._score(state.evaluation), memory.kept, draw)
         state = charged(state, ROW, rows)
         gradient, examples = self._gradient(problem, form, state, kept)
         memory = memory._replace(key=key, kept=kept, current=jnp.ones_like(memory.current))
@@ -265,7 +269,7 @@ class GaussNewton:
 
         def drawn() -> tuple[Any, Sample]:
             n = min(trial, size)
-            positions, sample = problem.draw(key, state.evaluation.uncertainty, n, np.int32(n))
+            positions, sample = problem.draw(key, self._score(state.evaluation), n, np.int32(n))
             indices, weights = (jnp.pad(jnp.asarray(a), (0, size - n)) for a in sample[:2])
             return jnp.pad(positions, (0, size - n)), Sample(indices, weights, jnp.asarray(sample.count))
 
@@ -300,6 +304,11 @@ class GaussNewton:
     def _tolerance(self, dtype: np.dtype) -> float:
         default = 1e-5 if dtype == np.float32 else 1e-8
         return default if self.tolerance is None else self.tolerance
+
+
+@jax.jit
+def _over_mean(values: Array) -> Array:
+    return values / jnp.maximum(jnp.mean(values), jnp.finfo(values.dtype).tiny)
 
 
 @jax.jit
