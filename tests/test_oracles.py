@@ -194,7 +194,17 @@ def test_drawing_by_uncertainty_is_unbiased_and_repeats_no_example_too_often():
     assert not total[140:].any()
 
 
-def test_draws_survive_rounding_in_the_uncertainties():
+def test_uncertainty_and_slope_count_alike_for_a_draw():
+    problem, w, _ = away_from_start(MLP)
+    known = problem.evaluate(w, uncertain=True)
+    uncertainty, slope = np.asarray(known.uncertainty), np.asarray(known.slope)
+    expected = uncertainty / uncertainty.mean() + slope / slope.mean()
+    np.testing.assert_allclose(GaussNewton()._score(known), expected, rtol=1e-6)
+    without = GaussNewton()._score(known._replace(slope=jnp.zeros_like(known.slope)))  # of a model that errs nowhere
+    np.testing.assert_allclose(without, uncertainty / uncertainty.mean(), rtol=1e-6)
+
+
+def test_draws_survive_rounding_in_the_scores():
     with jax.enable_x64(False):
         rng = np.random.default_rng(0)
         x = rng.normal(size=(20_000, 2)).astype(np.float32)
