@@ -18,7 +18,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import Array
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +26,6 @@ from experiments.problems import PROBLEMS
 from experiments.runs import WHOLE, columns, finite, linear_algebra_flops, loss_and_accuracy, median
 from paper_figures import ablations as figure
 from subsetopt import GaussNewton, Progress, fit_subset
-from subsetopt.problem import Evaluation
 
 SEEDS = (0, 1, 2)
 # Epochs of cost at which losses are compared; the last one ends a run.
@@ -40,7 +38,7 @@ class OtherDraw(GaussNewton):
 
     draw: str = "uniform"
 
-    def _score(self, known: Evaluation) -> Array:
+    def _score(self, known: Any) -> Any:
         return jnp.ones_like(known.slope) if self.draw == "uniform" else getattr(known, self.draw)
 
 
