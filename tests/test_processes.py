@@ -61,7 +61,7 @@ def address() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
-def finished(process: subprocess.Popen, timeout: float = 200) -> str:
+def finished(process: subprocess.Popen, timeout: float = 400) -> str:
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, out + err
     return out.splitlines()[-1]
