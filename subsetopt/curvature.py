@@ -56,14 +56,14 @@ class Recipe:
             return problem.examples * problem.outputs
         return max(self.rows, math.ceil(self.share * problem.examples))
 
-    def draw(self, problem: Problem, uncertainty: Any, key: Array) -> tuple[Sample, Any]:
+    def draw(self, problem: Problem, score: Any, key: Array) -> tuple[Sample, Any]:
         """A sample with random signs u (n, M), one row an example; u None: the whole subset, all rows."""
         if self.rows is None:
             return problem.whole(), None
         draw, signs = jax.random.split(key)
         most = self.most_rows(problem)
         rows = _rows_now(self.rows, most, self.share, problem.count)
-        positions, sample = problem.draw(draw, uncertainty, most, rows)
+        positions, sample = problem.draw(draw, score, most, rows)
         return sample, _signs(problem.outputs, problem.dtype, signs, positions)
 
     def cost(self, problem: Problem, sample: Sample) -> Any:
@@ -102,7 +102,7 @@ class Form(Protocol):
         """The pytree before the first sample."""
         ...
 
-    def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Any, key: Array) -> tuple[Any, Any]:
+    def renewed(self, problem: Problem, w: Array, score: Any, kept: Any, key: Array) -> tuple[Any, Any]:
         """The pytree with a new sample taken at w, averaged with what is there, and the rows computed."""
         ...
 
@@ -142,9 +142,9 @@ class Dense:
         """A zero matrix."""
         return Matrix(jnp.zeros((w.size, w.size), w.dtype), jnp.zeros((), np.int32))
 
-    def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Matrix, key: Array) -> tuple[Matrix, Any]:
+    def renewed(self, problem: Problem, w: Array, score: Any, kept: Matrix, key: Array) -> tuple[Matrix, Any]:
         """One pass over the new rows."""
-        sample, u = self.recipe.draw(problem, uncertainty, key)
+        sample, u = self.recipe.draw(problem, score, key)
         old = 0.0 if u is None else self.recipe.averaging
         # The new rows are added onto the old matrix: no second one is ever held.
         onto, weights = _shares(old, kept, jnp.asarray(sample.weights))
@@ -248,9 +248,9 @@ class SampleSpace:
         rows, gram, zeros = (jnp.zeros(shape, w.dtype) for shape in ((n, w.size), (n, n), (n,)))
         return RowSpace(rows, zeros, gram, zeros, jnp.zeros((), np.int32))
 
-    def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: RowSpace, key: Array) -> tuple[RowSpace, Any]:
+    def renewed(self, problem: Problem, w: Array, score: Any, kept: RowSpace, key: Array) -> tuple[RowSpace, Any]:
         """The new rows in front, the oldest ones gone."""
-        sample, u = self.recipe.draw(problem, uncertainty, key)
+        sample, u = self.recipe.draw(problem, score, key)
         with self.recipe.fast():
             new = problem.rows(w, sample, u)
         rows, c = (new, None) if u is not None else new
@@ -347,14 +347,14 @@ class MatrixFree:
         rows = self._row_space().empty(problem, w)
         return Examples(sample, rows, jnp.zeros_like(w))
 
-    def renewed(self, problem: Problem, w: Array, uncertainty: Any, kept: Examples, key: Array) -> tuple[Examples, Any]:
+    def renewed(self, problem: Problem, w: Array, score: Any, kept: Examples, key: Array) -> tuple[Examples, Any]:
         """New examples, and new rows for the preconditioner."""
         draw, turn, rows = jax.random.split(key, 3)
         sample = problem.whole()
         sample = sample._replace(weights=jnp.broadcast_to(sample.weights, sample.indices.shape))
         if self.recipe.rows is not None:
             n = self._examples(problem)
-            _, fresh = problem.draw(draw, uncertainty, n, np.int32(n))
+            _, fresh = problem.draw(draw, score, n, np.int32(n))
             sample = _turned_over(self.recipe.averaging, kept, fresh, turn)
         # Of the sample's own examples, uniformly: rows of others say little about an A of fewer rows than parameters.
         own, alike = problem.using(sample), jnp.ones(len(sample.indices), w.dtype)

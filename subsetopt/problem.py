@@ -158,18 +158,18 @@ def _plus_penalty(difference: Array, w: Array, w0: Array, l2: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _draw(most: int, n: Array, key: Array, uncertainty: Array, weights: Array, count: Array) -> tuple[Array, Array]:
+def _draw(most: int, n: Array, key: Array, score: Array, weights: Array, count: Array) -> tuple[Array, Array]:
     """Positions (most,) with q_i = 0.1 w_i / sum w + 0.9 w_i s_i / sum w s, and weights w_i / (n q_i).
 
     Only the first n stand, the others have weight zero. Each example comes floor(n q_i) times, and once more for the
     rest by sequential Poisson sampling (Ohlsson, J. Official Statistics 14, 1998): ranked by a random number over the
-    rest. What an example's number decides is that example alone, so rounding in the uncertainties (other blocks, other
+    rest. What an example's number decides is that example alone, so rounding in the scores (other blocks, other
     devices) changes hardly any draw.
     """
-    inside = jnp.arange(len(uncertainty), dtype=count.dtype) < count
+    inside = jnp.arange(len(score), dtype=count.dtype) < count
     weights = jnp.where(inside, weights, 0)
     share = weights / jnp.sum(weights)
-    s = weights * uncertainty
+    s = weights * score
     total = jnp.sum(s)
     s = jnp.where(total > 0, s / jnp.where(total > 0, total, 1), share)
     q = 0.1 * share + 0.9 * s
@@ -298,9 +298,9 @@ class Problem:
         kernel, extra = (_whole_rows_block, ()) if u is None else (_rows_block, (u,))
         return self._reduce(kernel, self.objective, (), (w, self.constants), sample, extra, self._row_block(u))[1]
 
-    def draw(self, key: Array, uncertainty: Any, most: int, n: Any) -> tuple[Any, Sample]:
-        """Draw n of at most so many examples of the subset by uncertainty: positions in the subset, and the sample."""
-        positions, weights = _draw(most, n, key, uncertainty, jnp.asarray(self.weights), self.count)
+    def draw(self, key: Array, score: Any, most: int, n: Any) -> tuple[Any, Sample]:
+        """Draw n of at most so many examples of the subset by their score (N,): positions in it, and the sample."""
+        positions, weights = _draw(most, n, key, score, jnp.asarray(self.weights), self.count)
         return positions, Sample(self.subset[positions], weights, n)
 
     def _reduce(self, kernel: Kernel, static: Any, sums: Any, shared: Any, sample: Sample, extra: Any = (), size=0):
