@@ -34,12 +34,19 @@ COSTS = {"digits": (4, 8, 12, 16, 20), "cifar16": (2, 3, 4, 5, 6), "mnist14": (2
 
 @dataclasses.dataclass(frozen=True)
 class OtherDraw(GaussNewton):
-    """Curvature rows and trial examples drawn by one thing only: "uncertainty" or "slope"; "uniform": by none."""
+    """Curvature rows and trial examples drawn by one thing only."""
 
     draw: str = "uniform"
 
     def _score(self, known: Any) -> Any:
-        return jnp.ones_like(known.slope) if self.draw == "uniform" else getattr(known, self.draw)
+        trace = known.uncertainty**2
+        scores = {
+            "uniform": jnp.ones_like(trace),
+            "uncertainty": known.uncertainty,
+            "trace": trace,
+            "slope": known.slope,
+        }
+        return scores[self.draw]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +106,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "draws": {
         "rows drawn uniformly": {"solver": OtherDraw(draw="uniform")},
         "rows drawn by uncertainty": {"solver": OtherDraw(draw="uncertainty")},
+        "rows drawn by tr H": {"solver": OtherDraw(draw="trace")},
         "rows drawn by slope": {"solver": OtherDraw(draw="slope")},
     },
     "averaging": {
