@@ -169,22 +169,31 @@ class Job(jobs.Job):
         return [row for rows in kept for row in rows]
 
     def _fit(self, study: str, variant: str, seed: int) -> list[dict[str, Any]]:
-        """The rows of one fit: costs, and the loss of the whole training set, after each step."""
-        rows, most = [], self.costs[-1] * self.problem.price.examples
+        """Costs and the loss of the whole training set, at the steps beside the common costs of one fit."""
+        rows, costs = [], self._common_costs()
 
         def keep(progress: Progress) -> bool:
             cost = {"sample_grads": progress.sample_grads, "seconds": progress.seconds}
             rows.append(cost | {"examples": progress.examples, "params": progress.params})
-            return progress.sample_grads > most
+            return progress.sample_grads > costs[-1]
 
         options = {"seed": seed, "max_steps": 10_000, "progress": False} | STUDIES[study][variant]
         fit_subset(self.problem.network, self.problem.train, callback=keep, **options)
         method, examples = options.get("solver", GaussNewton()), [row["examples"] for row in rows]
-        for row, extra in zip(rows, linear_algebra_flops(method, self.problem.parameters, examples), strict=True):
-            operations = self.problem.price.of(row["sample_grads"], row["seconds"], float(extra))["flops"]
-            loss, _ = loss_and_accuracy(self.problem.network, row.pop("params"), self.problem.train)
-            row |= {"flops": operations, "full_loss": finite(loss)}
-        return [{"variant": variant, "seed": seed} | row for row in rows]
+        extra = linear_algebra_flops(method, self.problem.parameters, examples)
+        near = beside([row["sample_grads"] for row in rows], costs)
+        return [{"variant": variant, "seed": seed} | self._evaluated(rows[i], float(extra[i])) for i in near]
+
+    def _evaluated(self, row: dict[str, Any], extra: float) -> dict[str, Any]:
+        """A step's costs, and the loss of the whole training set at its parameters."""
+        loss, _ = loss_and_accuracy(self.problem.network, row["params"], self.problem.train)
+        operations = self.problem.price.of(row["sample_grads"], row["seconds"], extra)["flops"]
+        kept = {name: row[name] for name in ("sample_grads", "seconds", "examples")}
+        return kept | {"flops": operations, "full_loss": finite(loss)}
+
+    def _common_costs(self) -> list[float]:
+        """Those at which losses are compared, in sample_grads."""
+        return [cost * self.problem.price.examples for cost in self.costs]
 
     def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
         """A curve a study, of all its runs; medians at the common costs."""
@@ -196,7 +205,7 @@ class Job(jobs.Job):
         result = {}
         for variant in STUDIES[study]:
             runs = [[row for row in rows if row["variant"] == variant and row["seed"] == seed] for seed in self.seeds]
-            losses = [loss_at(run, [cost * self.problem.price.examples for cost in self.costs]) for run in runs]
+            losses = [loss_at(run, self._common_costs()) for run in runs]
             result[variant] = {"losses": losses, "median": [median(at) for at in zip(*losses, strict=True)]}
         return result
 
@@ -206,6 +215,12 @@ class Job(jobs.Job):
         defaults = {"solver": repr(GaussNewton()), "growth": repr(GaussNewton.growth)}
         grid = {"epochs": self.costs, "seeds": self.seeds, "studies": studies, "defaults": defaults}
         return self.problem.config() | grid
+
+
+def beside(spent: list[float], costs: list[float]) -> list[int]:
+    """The steps just before and after each cost: whose losses `loss_at` needs."""
+    after = np.searchsorted(spent, costs)
+    return np.unique(np.clip([after - 1, after], 0, len(spent) - 1)).tolist()
 
 
 def loss_at(run: list[dict[str, Any]], costs: list[float]) -> list[float | None]:

@@ -50,6 +50,14 @@ def test_losses_at_equal_cost_are_interpolated_in_logarithms():
     assert ablations.loss_at(run[:1], [5]) == [None]
 
 
+def test_the_steps_beside_the_costs_are_all_that_interpolation_needs():
+    run = [{"sample_grads": 1.3 * i, "full_loss": 5.0 / i} for i in range(1, 20)]
+    spent, costs = [row["sample_grads"] for row in run], [1.0, 2.0, 2.5, 13.0, 14.0, 30.0]
+    near = ablations.beside(spent, costs)
+    assert len(near) < len(run)
+    assert ablations.loss_at([run[i] for i in near], costs) == ablations.loss_at(run, costs)
+
+
 @pytest.mark.parametrize(("values", "expected"), [((1.0, None, 3.0), 3.0), ((1.0, 2.0, None), 2.0), ((None,), None)])
 def test_a_loss_that_is_not_finite_counts_as_infinite(values: tuple, expected: float | None):
     assert runs.median(values) == expected
