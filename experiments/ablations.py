@@ -28,6 +28,7 @@ from paper_figures import ablations as figure
 from subsetopt import GaussNewton, Progress, fit_subset
 
 SEEDS = (0, 1, 2)
+LEAST = 1e-10  # what a loss of zero counts as, whose every example float32 rounds away
 # Epochs of cost at which losses are compared; the last one ends a run.
 COSTS = {"digits": (4, 8, 12, 16, 20), "cifar16": (2, 3, 4, 5, 6), "mnist14": (2, 3, 4, 5, 6)}
 
@@ -225,8 +226,8 @@ def beside(spent: list[float], costs: list[float]) -> list[int]:
 
 def loss_at(run: list[dict[str, Any]], costs: list[float]) -> list[float | None]:
     """The loss at given sample_grads, its logarithm linear between two steps; None before the first, or not finite."""
-    known = [row for row in run if row["full_loss"]]
-    spent, losses = [row["sample_grads"] for row in known], [math.log(row["full_loss"]) for row in known]
+    known = [row for row in run if row["full_loss"] is not None]
+    spent, losses = [row["sample_grads"] for row in known], [math.log(max(row["full_loss"], LEAST)) for row in known]
     # A run that ended before, at its minimum, stays there.
     return [float(np.exp(np.interp(cost, spent, losses))) if spent and cost >= spent[0] else None for cost in costs]
 

@@ -48,6 +48,8 @@ def test_losses_at_equal_cost_are_interpolated_in_logarithms():
     assert found[0] is None
     assert found[1:] == pytest.approx([4, 2, 1, 0.25])
     assert ablations.loss_at(run[:1], [5]) == [None]
+    run.append({"sample_grads": 40.0, "full_loss": 0.0})
+    assert ablations.loss_at(run, [30, 40, 50]) == pytest.approx([0.25, ablations.LEAST, ablations.LEAST])
 
 
 def test_the_steps_beside_the_costs_are_all_that_interpolation_needs():
