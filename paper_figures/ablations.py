@@ -45,7 +45,8 @@ def draw_variant(axes, place: int, ratios: list[float | None]) -> None:
     """A loss that is not finite counts as beyond the edge."""
     values = sorted(LARGEST if ratio is None else ratio for ratio in ratios)
     inside = [value for value in values if value < LARGEST]
-    axes.plot(inside, [place] * len(inside), "o", color=style.BLUE, alpha=0.6, markeredgewidth=0, clip_on=False)
+    if inside:  # a line without points would be laid out as if it were in the figure's corner
+        axes.plot(inside, [place] * len(inside), "o", color=style.BLUE, alpha=0.6, markeredgewidth=0, clip_on=False)
     if len(inside) < len(values):
         axes.plot(LARGEST, place, ">", color=style.BLUE, clip_on=False)
     median = values[len(values) // 2]
