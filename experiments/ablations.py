@@ -187,10 +187,9 @@ class Job(jobs.Job):
 
     def _evaluated(self, row: dict[str, Any], extra: float) -> dict[str, Any]:
         """A step's costs, and the loss of the whole training set at its parameters."""
-        loss, _ = loss_and_accuracy(self.problem.network, row["params"], self.problem.train)
+        loss, _ = loss_and_accuracy(self.problem.network, row.pop("params"), self.problem.train)
         operations = self.problem.price.of(row["sample_grads"], row["seconds"], extra)["flops"]
-        kept = {name: row[name] for name in ("sample_grads", "seconds", "examples")}
-        return kept | {"flops": operations, "full_loss": finite(loss)}
+        return row | {"flops": operations, "full_loss": finite(loss)}
 
     def _common_costs(self) -> list[float]:
         """Those at which losses are compared, in sample_grads."""
