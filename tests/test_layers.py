@@ -27,7 +27,7 @@ CONTRACT = """fit_subset finetune FitResult FinetuneResult Progress Status Growt
     overdetermination_ratio LBFGS GaussNewton Solver"""
 PUBLIC = set(CONTRACT.split())
 DEVICE_NAMES = {"pmap", "psum", "pmean", "local_devices", "device_count", "local_device_count"}
-EXPERIMENT_LIBRARIES = {"data", "jobs", "models", "problems", "races", "records", "runs"}
+EXPERIMENT_LIBRARIES = {"data", "jobs", "models", "peers", "problems", "races", "records", "runs"}
 KERNELS = {"linalg", "curvature"}  # modules that a benchmark may time by themselves
 HEAVY = "matplotlib tensorflow_datasets sklearn scipy.optimize rich orbax flax.linen flax.nnx"
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from experiments import records, solver_speed
+from experiments import peers, records, solver_speed
 from experiments.models import FAMILY, MLP
-from experiments.solver_speed import SETTINGS, Meter, Problem, Setting
+from experiments.peers import Meter, Problem, Setting
+from experiments.solver_speed import SETTINGS
 from paper_figures import solver_speed as figure
 from paper_figures import style
 
@@ -82,7 +83,7 @@ def test_peers_count_the_evaluations_that_they_make(solver: str, monkeypatch: py
     monkeypatch.setattr(Problem, "objective", counted)
     meter = Meter(20)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        solver_speed.RUNS[solver](Problem(SETTINGS["regression"], 0), meter, 400)
+        peers.PEERS[solver][0](Problem(SETTINGS["regression"], 0), meter)
     jax.effects_barrier()
     assert meter.rows[-1]["evaluations"] == len(calls)
 
@@ -108,9 +109,9 @@ def test_residuals_are_those_of_the_objective():
 def test_twin_in_torch_starts_at_the_same_loss(setting: Setting, monkeypatch: pytest.MonkeyPatch):
     images = np.random.default_rng(0).normal(size=(4, 28, 28, 1)).astype(np.float32), np.arange(4, dtype=np.int32)
     if setting.data == "zeros":
-        monkeypatch.setattr(solver_speed, "_data", lambda *_: images)
+        monkeypatch.setattr(peers, "_data", lambda *_: images)
     problem, meter = Problem(setting, 0), Meter(2)
-    solver_speed.torch_lbfgs(problem, meter, 0)  # raises where the starts differ
+    peers.torch_lbfgs(problem, meter)  # raises where the starts differ
     assert meter.rows[-1]["loss"] < float(problem.objective(problem.params, *problem.on_device))
 
 
