@@ -1,6 +1,7 @@
 """L-BFGS of optax, jaxopt, optimistix, scipy and torch, and Levenberg-Marquardt: all on one loss, from one start.
 
-Each gives its steps to the meter. Every L-BFGS remembers 20 pairs; every other setting is its library's default.
+Problem and Meter are what the race gives to every solver, ours included. Every L-BFGS remembers 20 pairs; every other
+setting of a peer is its library's default.
 """
 
 import contextlib
@@ -336,7 +337,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-# Solver: what runs it, and the library that it needs.
+# Peer: what runs it, and the library that it needs.
 PEERS = {
     "optax": (optax_lbfgs, "optax"),
     "jaxopt": (jaxopt_lbfgs, "jaxopt"),

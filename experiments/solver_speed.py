@@ -81,7 +81,7 @@ def _seconds(function: Callable, *arguments: Any) -> float:
     return time.perf_counter() - begun
 
 
-# --- solvers -------------------------------------------------------------------------------------------------------
+# --- our solvers ---------------------------------------------------------------------------------------------------
 
 
 def ours(problem: Problem, meter: Meter, block_size: int, solver: Any, driver: str = "auto") -> None:
