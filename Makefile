@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN    := .venv/bin
 # Not byte-compiled: that is half of the installing time, for modules of which few are ever imported.
 PIP    := -m pip install -qq --no-compile --disable-pip-version-check
+# Containers tend to set it: then every Python that a test starts compiles all that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint figures lock clean
