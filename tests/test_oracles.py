@@ -19,6 +19,7 @@ from subsetopt.curvature import Dense, Recipe, SampleSpace, conjugate_gradient, 
 from subsetopt.drivers import Sample
 from subsetopt.losses import resolve
 from subsetopt.problem import Problem, make_problem
+from subsetopt.timing import compiled_programs
 
 EXAMPLES = {example.name: example for example in problems(np.float64)}
 HUBER, MLP, CNN = (EXAMPLES[name] for name in ("Huber regression", "MLP", "CNN"))
@@ -192,6 +193,16 @@ def test_drawing_by_uncertainty_is_unbiased_and_repeats_no_example_too_often():
     np.testing.assert_allclose(total[100:140], 1 / 40, rtol=0.1)
     assert not total[:100].any()
     assert not total[140:].any()
+
+
+def test_weighted_subsets_are_drawn_from_by_the_same_program():
+    problem, *_ = away_from_start(MLP)
+    key, score, few = jax.random.key(0), jnp.asarray(np.ones(problem.examples)), np.arange(40)
+    _, equal = problem.on(few).draw(key, score, 30, np.int32(20))
+    before = compiled_programs()
+    _, weighted = problem.on(few, np.full(40, 1 / 40)).draw(key, score, 30, np.int32(20))
+    assert compiled_programs() == before
+    jax.tree.map(np.testing.assert_array_equal, weighted, equal)
 
 
 def test_uncertainty_and_slope_count_alike_for_a_draw():
