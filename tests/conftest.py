@@ -1,8 +1,11 @@
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before jax starts: one CPU device. A test that wants several starts a process of its own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +17,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 import hypothesis
 import jax
 import pytest
+import tyro
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,18 +30,21 @@ hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, 
 hypothesis.settings.load_profile("seeded")
 
 
-@pytest.fixture(scope="session")
-def smoke(run_python, tmp_path_factory) -> Callable[[str], tuple[Callable[..., str], Path]]:
-    """For an experiment: what runs its smoke parts in a folder of the test's, and the folder."""
+@pytest.fixture
+def smoke(tmp_path: Path) -> Callable[[Any], tuple[Callable[..., str], Path]]:
+    """For an experiment: its command, on smoke parts in a folder of the test's, gives what it prints; and the folder.
 
-    def of(experiment: str) -> tuple[Callable[..., str], Path]:
-        folder = tmp_path_factory.mktemp(experiment)
+    In this process, whose tests compile the same programs.
+    """
 
-        def run(*arguments: str) -> str:
-            folders = ("--out", folder / "out", "--results", folder / "results")
-            return run_python("-m", f"experiments.{experiment}", "--smoke", *folders, *arguments)
+    def of(experiment: Any) -> tuple[Callable[..., str], Path]:
+        def command(*arguments: str) -> str:
+            folders = ("--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"))
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                experiment.main(tyro.cli(experiment.Arguments, args=[*arguments, "--smoke", *folders]))
+            return printed.getvalue()
 
-        return run, folder
+        return command, tmp_path
 
     return of
 

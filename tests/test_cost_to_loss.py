@@ -19,18 +19,14 @@ from paper_figures import style
 from subsetopt import Progress
 
 
-def test_race_runs_to_a_record_a_table_and_a_figure_and_is_not_run_twice(smoke, capsys: pytest.CaptureFixture[str]):
-    """In this process, whose other tests compile the same programs; the command tells what there is."""
-    command, folder = smoke("cost_to_loss")
-    arguments = Arguments(smoke=True, only="problem=digits", out=folder / "out", results=folder / "results")
+def test_race_runs_to_a_record_a_table_and_a_figure_and_is_not_run_twice(smoke):
+    run, folder = smoke(cost_to_loss)
     methods = len(cost_to_loss.METHODS)
-    cost_to_loss.main(arguments)
-    assert "Adam's loss" in capsys.readouterr().out
+    assert "Adam's loss" in run("--only", "problem=digits")
     assert {path.suffix for path in (folder / "out").glob("cost_to_loss*")} == {".pdf", ".png"}
     check_record(records.read(folder / "results/cost_to_loss/digits-smoke.json"))
-    cost_to_loss.main(arguments)
-    assert capsys.readouterr().out.count("has a result already") == methods
-    listed = command("--list")
+    assert run("--only", "problem=digits").count("has a result already") == methods
+    listed = run("--list")
     assert listed.count("done") == methods
     assert listed.count("to do") == methods * (len(cost_to_loss.SETTINGS) - 1)
 
@@ -60,11 +56,12 @@ def test_seconds_of_a_fit_are_those_at_the_speed_of_the_median_fit():
     assert rows["lbfgs"] == [{"seconds": 20.0, "own_seconds": 10.0}]
 
 
-def test_only_names_the_parts_there_are(tmp_path: Path):
+def test_only_names_the_parts_there_are(smoke):
+    run, _ = smoke(cost_to_loss)
     with pytest.raises(SystemExit, match="problem=NAME"):
-        cost_to_loss.main(Arguments(only="solver=adam", out=tmp_path, results=tmp_path))
+        run("--only", "solver=adam")
     with pytest.raises(SystemExit, match="problem one of digits"):
-        cost_to_loss.main(Arguments(only="problem=mnist", out=tmp_path, results=tmp_path))
+        run("--only", "problem=mnist")
 
 
 # --- tuning --------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 import io
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,18 +9,11 @@ from experiments import demo, records
 from subsetopt import progress
 
 
-def test_demo_runs_part_by_part_to_a_record_a_table_and_figures(smoke, capsys: pytest.CaptureFixture[str]):
-    """In this process, where the parts share what they compile; the command tells what there is."""
-    command, folder = smoke("demo")
-
-    def run(**options: Any) -> str:
-        arguments = demo.Arguments(smoke=True, out=folder / "out", results=folder / "results", **options)
-        demo.main(arguments)
-        return capsys.readouterr().out
-
-    assert run(list=True).count("to do") == 3
-    run(only="method=lbfgs")
-    assert command("--list").count("to do") == 2
+def test_demo_runs_part_by_part_to_a_record_a_table_and_figures(smoke):
+    run, folder = smoke(demo)
+    assert run("--list").count("to do") == 3
+    run("--only", "method=lbfgs")
+    assert run("--list").count("to do") == 2
     printed = run()
     assert "lbfgs: has a result already" in printed
     assert all(name in printed for name in ("Gauss-Newton", "L-BFGS", "fine-tuning", "Adam"))
@@ -30,7 +21,7 @@ def test_demo_runs_part_by_part_to_a_record_a_table_and_figures(smoke, capsys: p
     record = records.read(folder / "results/demo/digits-smoke.json")
     assert record["final"].keys() >= {"gauss_newton", "lbfgs", "gauss_newton_finetune", "adam"}
     assert record["config"]["parameters"] == 1446
-    assert run(list=True).count("done") == 3
+    assert run("--list").count("done") == 3
 
 
 def test_bar_writes_plain_lines_to_a_log(monkeypatch: pytest.MonkeyPatch):
@@ -63,6 +54,7 @@ def test_bar_on_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
     assert "loss 2" in terminal.getvalue()
 
 
-def test_only_names_the_parts_there_are(tmp_path: Path):
+def test_only_names_the_parts_there_are(smoke):
+    run, _ = smoke(demo)
     with pytest.raises(SystemExit, match="method=NAME"):
-        demo.main(demo.Arguments(only="solver=adam", out=tmp_path, results=tmp_path))
+        run("--only", "solver=adam")

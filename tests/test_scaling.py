@@ -13,14 +13,8 @@ from paper_figures import scaling as figure
 from paper_figures import style
 
 
-@pytest.fixture(scope="module")
-def measure(smoke):
-    """Runs smoke parts in a folder of the test's; its output and the folder."""
-    return smoke("scaling")
-
-
-def test_memmap_runs_to_a_record_and_a_bar_and_is_not_measured_twice(measure):
-    run, folder = measure
+def test_memmap_runs_to_a_record_and_a_bar_and_is_not_measured_twice(smoke):
+    run, folder = smoke(scaling)
     only = ("--only", "part=memmap")
     assert run("--list", *only).count("to do") == 1
     assert "peak bytes over" in run(*only)
@@ -54,9 +48,10 @@ def test_finished_points_are_not_measured_again(tmp_path: Path, monkeypatch: pyt
     assert [bar["holds"] for bar in record["final"]["bars"]] == [False, True, False, True]
 
 
-def test_only_names_the_parts_there_are(run_python, tmp_path: Path):
-    with pytest.raises(AssertionError, match="part=NAME"):
-        run_python("-m", "experiments.scaling", "--only", "part=speed", "--out", tmp_path)
+def test_only_names_the_parts_there_are(smoke):
+    run, _ = smoke(scaling)
+    with pytest.raises(SystemExit, match="part=NAME"):
+        run("--only", "part=speed")
 
 
 def test_file_of_the_teacher_holds_what_it_makes_in_memory(tmp_path: Path):
