@@ -16,6 +16,7 @@ SOLVE = """if True:
     import json, sys
     import jax
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)
     if sys.argv[1:]:
         jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=20)
     from test_oracles import LBFGS, MLP, GaussNewton, Growth, fit
