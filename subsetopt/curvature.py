@@ -351,7 +351,6 @@ class MatrixFree:
         """New examples, and new rows for the preconditioner."""
         draw, turn, rows = jax.random.split(key, 3)
         sample = problem.whole()
-        sample = sample._replace(weights=jnp.broadcast_to(sample.weights, sample.indices.shape))
         if self.recipe.rows is not None:
             n = self._examples(problem)
             _, fresh = problem.draw(draw, score, n, np.int32(n))

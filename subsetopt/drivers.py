@@ -26,8 +26,7 @@ _AHEAD = 2  # blocks sent and not yet done: one that computes, one that waits; m
 class Sample(NamedTuple):
     """Weighted examples: sum_i weights_i q_i estimates the subset's mean of q.
 
-    indices: (n,), of which the first `count` stand, the rest being there for a constant shape. weights: (n,), or ()
-    where all have the same.
+    indices, weights: (n,), of which the first `count` stand, the rest being there for a constant shape.
     """
 
     indices: Any
@@ -60,7 +59,6 @@ class Host:
         extra: arrays of n rows that go with the sample. size: examples a block, over all devices.
         """
         sample, extra = jax.tree.map(np.asarray, (sample, extra))
-        sample = sample._replace(weights=np.broadcast_to(sample.weights, sample.indices.shape))
         devices, part = self.devices, size // self.devices.count
         width = part * len(devices.local)
         sums, shared = devices.start(sums), devices.share(shared)
@@ -80,8 +78,8 @@ class Host:
         return devices.finish(sums, each)
 
     def total(self, weights: Any, new: Any, old: Any = None) -> Any:
-        """The sum of weights (new - old) over examples, (n,) each or () for the weights; in float64, by pieces."""
-        weights, new, piece = np.broadcast_to(weights, new.shape), np.asarray(new), 1 << 16
+        """The sum of weights (new - old) over examples, (n,) each; in float64, by pieces."""
+        weights, new, piece = np.asarray(weights), np.asarray(new), 1 << 16
         total = 0.0
         for part in (slice(start, start + piece) for start in range(0, len(new), piece)):
             values = new[part].astype(np.float64) - (0 if old is None else np.asarray(old[part]))
@@ -131,7 +129,6 @@ class Compiled:
     ):
         """As Host.reduce: a loop over blocks on each device, then one all-reduce for sums and values together."""
         part, n = size // self.devices.count, len(sample.indices)
-        all_weights = jnp.broadcast_to(sample.weights, sample.indices.shape)
         rank = self.devices.rank()
         capacity = -(-n // size) * size
 
@@ -141,7 +138,7 @@ class Compiled:
             inside = places < sample.count
             places = jnp.minimum(places, sample.count - 1)
             indices = sample.indices[places]
-            weights = jnp.where(inside, all_weights[places], 0)
+            weights = jnp.where(inside, sample.weights[places], 0)
             return start, (inside, (*(a[indices] for a in data), weights, *(a[places] for a in extra)))
 
         def add(number: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:

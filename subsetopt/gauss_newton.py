@@ -264,8 +264,8 @@ class GaussNewton:
 
         def whole() -> tuple[Any, Sample]:
             positions = jnp.arange(size, dtype=np.int32)
-            weights = jnp.broadcast_to(problem.weights, (problem.examples,))[:size]
-            return positions, Sample(jnp.asarray(problem.subset[:size]), weights, jnp.asarray(problem.count))
+            indices, weights = (jnp.asarray(a[:size]) for a in (problem.subset, problem.weights))
+            return positions, Sample(indices, weights, jnp.asarray(problem.count))
 
         def drawn() -> tuple[Any, Sample]:
             n = min(trial, size)

@@ -200,7 +200,7 @@ class Problem:
 
     x, y: all N examples: NumPy or a memmap for the host driver, arrays on the devices for the compiled one.
     subset: (N,) indices, of which the first `count` are in use: a growing subset changes no shape, nothing recompiles.
-    weights: (), 1 / count, or (N,) where the examples of the subset were drawn with unequal probabilities.
+    weights: (N,), 1 / count, or unequal where the examples of the subset were drawn with unequal probabilities.
     fresh: the next step gets another subset, so nothing evaluated on this one is worth keeping.
     """
 
@@ -300,8 +300,7 @@ class Problem:
 
     def draw(self, key: Array, score: Any, most: int, n: Any) -> tuple[Any, Sample]:
         """Draw n of at most so many examples of the subset by their score (N,): positions in it, and the sample."""
-        weights = jnp.broadcast_to(jnp.asarray(self.weights), score.shape)  # of one shape, so that one program draws
-        positions, weights = _draw(most, n, key, score, weights, self.count)
+        positions, weights = _draw(most, n, key, score, self.weights, self.count)
         return positions, Sample(self.subset[positions], weights, n)
 
     def _reduce(self, kernel: Kernel, static: Any, sums: Any, shared: Any, sample: Sample, extra: Any = (), size=0):
@@ -350,7 +349,7 @@ def _gradient_flops(objective: Objective, structure: Any, leaves: tuple[Any, ...
 def subset_of(indices: np.ndarray, dtype: np.dtype, count: int | None = None) -> Sample:
     """The first `count` of some examples (None: all of them), equally weighted."""
     count = len(indices) if count is None else count
-    return Sample(indices, np.asarray(1 / max(count, 1), dtype), np.int32(count))
+    return Sample(indices, np.full(len(indices), 1 / max(count, 1), dtype), np.int32(count))
 
 
 def make_problem(

@@ -1,8 +1,6 @@
 """The ablation study, on a few examples; and what it says of made-up runs."""
 
-import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 
@@ -19,17 +17,12 @@ def few_studies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablations, "STUDIES", kept)
 
 
-def test_each_study_is_kept_and_the_record_is_made_once(
-    few_studies: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    arguments = ablations.Arguments(
-        only="problem=digits,study=defaults", smoke=True, out=tmp_path / "out", results=tmp_path / "results"
-    )
-    ablations.main(arguments)
-    assert not list(arguments.results.glob("**/*.json"))
-    ablations.main(dataclasses.replace(arguments, only="problem=digits"))
-    assert "defaults: has a result already" in capsys.readouterr().out
-    record = read(arguments.results / "ablations" / "digits-smoke.json")
+def test_each_study_is_kept_and_the_record_is_made_once(few_studies: None, smoke):
+    run, folder = smoke(ablations)
+    run("--only", "problem=digits,study=defaults")
+    assert not list(folder.glob("results/**/*.json"))
+    assert "defaults: has a result already" in run("--only", "problem=digits")
+    record = read(folder / "results" / "ablations" / "digits-smoke.json")
     assert {name for variants in record["final"].values() for name in variants} == {
         "defaults",
         "no Adam first",
@@ -39,7 +32,7 @@ def test_each_study_is_kept_and_the_record_is_made_once(
     ends = [found["median"][-1] for variants in record["final"].values() for found in variants.values()]
     assert all(0 < loss < math.log(10) + 0.5 for loss in ends)
     assert len(set(ends)) == len(ends)  # every change changes something
-    assert {path.suffix for path in arguments.out.glob("ablations-digits-smoke.*")} == {".pdf", ".png"}
+    assert {path.suffix for path in folder.glob("out/ablations-digits-smoke.*")} == {".pdf", ".png"}
 
 
 def test_losses_at_equal_cost_are_interpolated_in_logarithms():
@@ -65,6 +58,7 @@ def test_a_loss_that_is_not_finite_counts_as_infinite(values: tuple, expected: f
     assert runs.median(values) == expected
 
 
-def test_an_unknown_study_is_refused(tmp_path: Path):
+def test_an_unknown_study_is_refused(smoke):
+    run, _ = smoke(ablations)
     with pytest.raises(SystemExit, match="study"):
-        ablations.main(ablations.Arguments(only="study=luck", results=tmp_path))
+        run("--only", "study=luck")

@@ -98,7 +98,7 @@ def dense_curvature(example: Example, w: Array, unravel: Any, sample: Sample) ->
     x, y = jnp.asarray(example.x[indices]), jnp.asarray(example.y[indices])
     j = jax.jit(jax.jacobian(lambda w: example.apply(unravel(w), x)))(w)
     h = output_hessians(example.loss, example.apply(unravel(w), x), y)
-    weights = np.broadcast_to(sample.weights, sample.indices.shape)[: sample.count]
+    weights = sample.weights[: sample.count]
     return np.einsum("n,nip,nij,njq->pq", weights, j, h, j, optimize=True)
 
 
