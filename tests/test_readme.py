@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,14 @@ def test_commands_named_in_the_readme_exist(readme: str):
     assert named, "README.md names no command"
     assert {name for kind, name in named if kind == "make"} <= targets
     assert not {name for kind, name in named if kind == "-m" and not is_runnable(name)}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # for other tests import it
+@pytest.mark.parametrize("name", ["ablations", "cost_to_loss", "demo", "scaling", "solver_speed"])
+def test_experiments_start_as_modules(name: str, monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr("sys.argv", [name, "--list", "--smoke", "--out", str(tmp_path), "--results", str(tmp_path)])
+    runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+    assert "to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
