@@ -446,7 +446,6 @@ def test_both_drivers_take_the_same_steps(example: Example, solver: Any):
 ON_DEVICES = """if True:
     import json, jax
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)
     from test_oracles import LBFGS, MLP, GaussNewton, Growth, fit
 
     def losses(solver, driver, count):

@@ -16,7 +16,6 @@ SOLVE = """if True:
     import json, sys
     import jax
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)
     if sys.argv[1:]:
         jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=20)
     from test_oracles import LBFGS, MLP, GaussNewton, Growth, fit
@@ -50,7 +49,7 @@ DIE = """if True:
 def start(code: str, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
     }
     command = [sys.executable, "-W", "error", "-c", code, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
