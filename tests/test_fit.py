@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax import Array
 from sklearn.datasets import load_digits
 
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, fit_subset
@@ -33,6 +32,10 @@ class Deep(nn.Module):
         for _ in range(6):
             x = nn.relu(nn.Dense(128)(x))
         return nn.Dense(10)(x)
+
+
+def product(w, x):
+    return x @ w
 
 
 def linear(params, x):
@@ -147,16 +150,13 @@ def test_averaged_gradients_take_noise_out_of_fresh_subsets(driver):
     options: dict[str, Any] = {"growth": growth, "until": 24, "max_steps": 24, "warmup_epochs": 0, "progress": False}
     options |= {"loss": lambda f, y: optax.l2_loss(f, y).sum(axis=1), "driver": driver}
 
-    def model(w: Array, x: Array) -> Array:
-        return x @ w
-
     def excess(averaging: float) -> float:
         """Of the sum of squares over its minimum, the mean of the last steps."""
         losses: list[float] = []
         solver = GaussNewton(5.0, gradient_averaging=averaging, momenta=(0.0,), damping=1e-3, length_factor=1)
         for seed in range(3):
             start, steps = np.zeros_like(w), []
-            fit_subset(model, (x, y), start, solver=solver, seed=seed, callback=steps.append, **options)
+            fit_subset(product, (x, y), start, solver=solver, seed=seed, callback=steps.append, **options)
             losses += [np.sum((x @ progress.params - y) ** 2) - residuals[0] for progress in steps[8:]]
         return float(np.mean(losses))
 
@@ -169,7 +169,7 @@ def newton(driver: str, start: float, mistaken: int, steps: int, length_factor: 
     y, w = ((x[:, 0] > 0) ^ (np.arange(30) < mistaken)).astype(np.int32), np.array([[-start, start]], np.float32)
     solver = GaussNewton(curvature_ratio=None, momenta=(0.0,), damping=1e-3, length_factor=length_factor)
     options: dict[str, Any] = {"growth": Growth(1e9), "driver": driver, "warmup_epochs": 0, "progress": False}
-    return fit_subset(lambda w, x: x @ w, (x, y), w, solver=solver, max_steps=steps, **options)
+    return fit_subset(product, (x, y), w, solver=solver, max_steps=steps, **options)
 
 
 @pytest.mark.parametrize("driver", ["host", "compiled"])
