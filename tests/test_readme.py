@@ -54,10 +54,9 @@ def table_rows(record: dict) -> list[str]:
 
 
 def headline_rows(record: dict) -> list[str]:
-    """The rows that the README shows of a record of `cost_to_loss`; a star: of pixels as they are."""
+    """The rows that the README shows of a record of `cost_to_loss`."""
     config = record["config"]
-    star = "" if "inputs" in config else "*"
-    name = f"{config['problem']}{star}, N = {config['examples']:,}, P = {config['parameters']:,}"
+    name = f"{config['problem']}, N = {config['examples']:,}, P = {config['parameters']:,}"
     targets = record["final"]["targets"].items()
     return [f"| {name} | {int(epochs):,} | {' | '.join(headline(config['examples'], t))} |" for epochs, t in targets]
 
