@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -66,6 +67,48 @@ class GainRatio(GaussNewton):
         return state, choice._replace(damping=choice.damping * factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class FullMatrix(GaussNewton):
+    """The matrix of all rows of the whole subset, by conjugate gradients on a factorisation of sampled rows."""
+
+    linear_solve: str = "cg"
+
+    def _form(self, problem: Any) -> Any:
+        form: Any = super()._form(problem)
+        recipe = dataclasses.replace(form.recipe, rows=None)
+        return dataclasses.replace(form, recipe=recipe, preconditioner=problem.parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondStep(GaussNewton):
+    """A second step with the same matrix, on one of so many parts of each fresh subset; for the host driver.
+
+    The part's gradient is corrected by what it misses of the subset's where the first step began (SVRG: Johnson and
+    Zhang, Accelerating stochastic gradient descent using predictive variance reduction, 2013).
+    """
+
+    parts: int = 4
+
+    def _advance(self, problem: Any, state: Any) -> Any:
+        first = super()._advance(problem, state)
+        if not problem.fresh or first.known:  # the whole set, whose gradient was needed anyway; a rejected first step
+            return first
+        key, draw = jax.random.split(first.memory.key)
+        part = self._part(problem, first.evaluation, draw)
+        before, here = part.evaluate(state.w), part.evaluate(first.w, uncertain=True)
+        memory = first.memory._replace(key=key, gradient=first.memory.gradient + here.grad - before.grad)
+        state = first.replace(evaluation=here, memory=memory, cost=first.cost + 2 * part.count)
+        state, choice = self._best_candidate(part, self._form(part), state)
+        second = self._tested(part, choice, state) if choice.difference < 0 else state
+        return second.replace(evaluation=first.evaluation)
+
+    def _part(self, problem: Any, known: Any, key: Any) -> Any:
+        n = -(-int(problem.count) // self.parts)
+        _, drawn = problem.draw(key, self._score(known), n, np.int32(n))
+        indices, weights = (np.pad(np.asarray(a), (0, problem.examples - n)) for a in drawn[:2])
+        return problem.using(drawn._replace(indices=indices, weights=weights), fresh=True)
+
+
 def solver(**changes: Any) -> dict[str, Any]:
     """Options of a fit with another setting of the solver."""
     return {"solver": GaussNewton(**changes)}
@@ -103,6 +146,14 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "0.15 rows an example": solver(curvature_share=0.15),
         "all rows of every example": solver(curvature_ratio=None),
         "rows rounded to bfloat16": solver(curvature_precision="bfloat16"),
+    },
+    "full matrix": {
+        "all rows, by CG": {"solver": FullMatrix()},
+        "all rows, two steps of CG": {"solver": FullMatrix(cg_max_steps=2)},
+    },
+    "second step": {
+        "a second step on a quarter": {"solver": SecondStep(), "driver": "host"},
+        "a second step on half": {"solver": SecondStep(parts=2), "driver": "host"},
     },
     "draws": {
         "rows drawn uniformly": {"solver": OtherDraw(draw="uniform")},

@@ -5,7 +5,9 @@ import math
 import pytest
 
 from experiments import ablations, runs
+from experiments.problems import PROBLEMS
 from experiments.records import read
+from subsetopt import Growth, fit_subset
 
 CHANGES = ("warm-up", "draws", "candidates")
 
@@ -33,6 +35,25 @@ def test_each_study_is_kept_and_the_record_is_made_once(few_studies: None, smoke
     assert all(0 < loss < math.log(10) + 0.5 for loss in ends)
     assert len(set(ends)) == len(ends)  # every change changes something
     assert {path.suffix for path in folder.glob("out/ablations-digits-smoke.*")} == {".pdf", ".png"}
+
+
+@pytest.mark.parametrize(
+    ("study", "variant", "extra"),
+    [
+        # Products of every example for each of two dampings, at least; the loss of a step's part, twice.
+        ("full matrix", "all rows, by CG", 2 * 5 / 3),
+        ("second step", "a second step on a quarter", 2 / 4),
+    ],
+)
+def test_a_solver_of_the_study_lowers_the_loss_and_is_charged_for_its_work(study: str, variant: str, extra: float):
+    problem = PROBLEMS["digits"].tiny()
+    options = {"growth": Growth(1, stop=1, nested=False), "max_steps": 3, "warmup_epochs": 0, "progress": False}
+    usual = fit_subset(problem.network, problem.train, **options)
+    changed = fit_subset(problem.network, problem.train, **options | ablations.STUDIES[study][variant])
+    assert usual.n_steps == changed.n_steps == 3
+    assert changed.loss < 0.8 * changed.history["loss"][0]
+    assert changed.loss != usual.loss
+    assert changed.sample_grads > usual.sample_grads + 3 * extra * usual.stages[0]["examples"]
 
 
 def test_losses_at_equal_cost_are_interpolated_in_logarithms():
