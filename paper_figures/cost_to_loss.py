@@ -1,7 +1,8 @@
 """Cost of tuned Adam over the cost of Gauss-Newton to the same loss, for losses that take Adam ever longer.
 
-Reads records of the experiment `cost_to_loss`; one figure for all problems. A loss is named by the budget at whose end
-Adam, its rate and batch size tuned for that budget, has it: the losses themselves differ from problem to problem.
+Reads records of the experiment `cost_to_loss`; one figure for all problems, besides the `curves` of each. A loss is
+named by the budget at whose end Adam, its rate and batch size tuned for that budget, has it: the losses themselves
+differ from problem to problem.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures import style
+from paper_figures import curves, style
 
 METHOD = "gauss_newton"
 COSTS = {"sample_grads": "gradient evaluations", "flops": "floating-point operations", "seconds": "seconds"}
@@ -28,9 +29,9 @@ Ratio = tuple[int, float, float, float]  # Adam's budget, then the ratio: median
 
 
 def draw(records: list[dict], out: Path) -> list[Path]:
-    """All problems in one figure, as PDF and PNG; the files written."""
+    """All problems in one figure, and the curves of each in its own, as PDF and PNG; the files written."""
     drawn = [("cost_to_loss", lambda _: figure(records), {})] if records else []
-    return style.save_all(drawn, out)
+    return style.save_all(drawn + [(f"cost_to_loss-{problem(r)}", curves.figure, r) for r in records], out)
 
 
 def figure(records: list[dict]) -> Figure:

@@ -15,7 +15,7 @@ from experiments.cost_to_loss import Arguments, Job, Row, Setting, Watch
 from experiments.data import load
 from experiments.problems import PROBLEMS
 from paper_figures import cost_to_loss as figure
-from paper_figures import style
+from paper_figures import curves, style
 from subsetopt import Progress
 
 
@@ -227,7 +227,12 @@ def made_up() -> list[dict[str, Any]]:
     return [record("cifar16", {3: [0.5, 0.6, 0.4], 10: [1.5, 1.2, 1.4]}, None), digits]
 
 
-def test_figure_names_its_axes_and_every_problem(tmp_path: Path):
+@pytest.fixture
+def committed() -> Row:
+    return records.read(records.RESULTS / "cost_to_loss" / "digits.json")
+
+
+def test_figure_names_its_axes_and_every_problem():
     with matplotlib.rc_context(style.RC):
         drawn = figure.figure(made_up())
     assert [axes.get_title("left") for axes in drawn.axes] == list(figure.COSTS.values())
@@ -235,7 +240,19 @@ def test_figure_names_its_axes_and_every_problem(tmp_path: Path):
     assert "ratio" in drawn.axes[0].get_ylabel()
     (legend,) = drawn.legends
     assert [text.get_text() for text in legend.get_texts()] == ["digits", "cifar16"]
-    assert {path.suffix for path in figure.draw(made_up(), tmp_path)} == {".pdf", ".png"}
+
+
+def test_curves_show_every_method_over_every_cost(committed: Row, tmp_path: Path):
+    with matplotlib.rc_context(style.RC):
+        drawn = curves.figure(committed)
+    assert [axes.get_xlabel() for axes in drawn.axes[3:]] == list(curves.COSTS.values())
+    assert [axes.get_ylabel() for axes in drawn.axes[::3]] == list(curves.RESULTS.values())
+    (legend,) = drawn.legends
+    assert len(legend.get_texts()) == len(curves.RUNS) + len(curves.BUDGETS)
+    ends = [np.asarray(line.get_ydata())[-1] for line in drawn.axes[0].get_lines() if line.get_label() == "Adam, tuned"]
+    assert ends == [committed["final"]["targets"]["1000"]["adam"]["loss"]]
+    names = {path.name for path in figure.draw([committed], tmp_path)}
+    assert names == {f"cost_to_loss{problem}.{suffix}" for problem in ("", "-digits") for suffix in ("pdf", "png")}
 
 
 def test_band_ends_where_a_seed_never_has_the_loss():
