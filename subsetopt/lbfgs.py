@@ -1,7 +1,7 @@
 """LBFGS: limited-memory BFGS with a Wolfe line search on the subset's deterministic loss.
 
-Nocedal and Wright, Numerical Optimization (2006), Algorithms 7.4 (two-loop recursion) and 7.5. Their s_k, y_k, rho_k,
-gamma_k are s, y, rho, gamma here. Differs in: pairs are accepted by a test free of the loss's scale; the memory is
+Nocedal and Wright, Numerical Optimization (2006), Algorithm 7.5. Their s_k, y_k, gamma_k are s, y, gamma here. Differs
+in: the direction comes from matrix products; pairs are accepted by a test free of the loss's scale; the memory is
 cleared where the subset changes (another objective) and once where a line search fails.
 """
 
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.scipy.linalg import solve_triangular
 
 from subsetopt import checks, linesearch
 from subsetopt.growth import Growth
@@ -21,14 +22,15 @@ from subsetopt.solve import State, Status, charged, ended, evaluated, moved, sta
 
 
 class Pairs(NamedTuple):
-    """The last m pairs, oldest first; s, y: m vectors (P,) each, a list so that a new pair moves no other.
+    """The last m pairs, oldest first; s, y: (m, P), rows of zeros in empty places.
 
-    rho (m,): 1 / s.y, zero for an empty place.
+    r (m, m): s_i.y_j for i <= j, ones on the diagonal for empty places; what is below it is not in use.
+    gamma (): s.y / y.y of the last pair, zero without any.
     """
 
-    s: tuple[Array, ...]
-    y: tuple[Array, ...]
-    rho: Array
+    s: Array
+    y: Array
+    r: Array
     gamma: Array
 
 
@@ -66,25 +68,25 @@ class Walk(NamedTuple):
     evals: Any
 
 
-def _two_loop(pairs: Pairs, grad: Array) -> Array:
-    """-H g, Algorithm 7.4."""
-    q, alphas = grad, []
-    for s, y, rho in reversed(list(zip(pairs.s, pairs.y, pairs.rho, strict=True))):
-        alphas.append(rho * jnp.vdot(s, q))
-        q = q - alphas[-1] * y
-    r = pairs.gamma * q
-    for s, y, rho, alpha in zip(pairs.s, pairs.y, pairs.rho, reversed(alphas), strict=True):
-        r = r + (alpha - rho * jnp.vdot(y, r)) * s
-    return -r
+def _quasi_newton(pairs: Pairs, grad: Array) -> Array:
+    """-H g, the two loops of Algorithm 7.4 as solutions with the triangle r: their alpha_i are R^-1 S'g.
+
+    That form is of Byrd, Nocedal and Schnabel (Math. Programming 63, 1994, Theorem 2.2), but for q, which is computed
+    as in the loops: Y'q by Y'g and Y'Y would lose digits where q is short beside g.
+    """
+    s, y, r, gamma = pairs
+    alpha = solve_triangular(r, s @ grad)
+    q = grad - alpha @ y
+    return -(gamma * q + solve_triangular(r, jnp.diag(r) * alpha - gamma * (y @ q), trans=1) @ s)
 
 
 @jax.jit
 def _direction(pairs: Pairs, grad: Array) -> tuple[Array, Array]:
     """A descent direction and its slope: of quasi-Newton, or of length one against the gradient without a memory."""
     norm = jnp.linalg.norm(grad)
-    direction = _two_loop(pairs, grad)
+    direction = _quasi_newton(pairs, grad)
     slope = jnp.vdot(grad, direction)
-    descends = jnp.any(pairs.rho > 0) & (slope < 0)
+    descends = (pairs.gamma > 0) & (slope < 0)
     return jnp.where(descends, direction, -grad / norm), jnp.where(descends, slope, -norm)
 
 
@@ -98,7 +100,7 @@ def _begin(pairs: Pairs, w: Array, grad: Array, value: Array) -> Line:
 
 @partial(jax.jit, static_argnums=0)
 def _judge(
-    max_trials: int, line: Line, w0: Array, grad: Array, difference: Array, best: Best, rho: Array
+    max_trials: int, line: Line, w0: Array, grad: Array, difference: Array, best: Best, gamma: Array
 ) -> tuple[Line, Array]:
     """The search after a trial with this gradient, and whether that is the best point so far."""
     scale = jnp.abs(line.slope0)
@@ -112,18 +114,25 @@ def _judge(
     search = linesearch.narrow(line.search, point)
     t = linesearch.propose(search)
     # A memory that gives no improving step is thrown away once: steepest descent has the last word.
-    again = ~goes_on & ~better & ~best.found & jnp.any(rho > 0)
+    again = ~goes_on & ~better & ~best.found & (gamma > 0)
     after = line._replace(search=search, t=t, w=w0 + t * line.direction, trials=trials)
     return after._replace(goes_on=goes_on, again=again), better
 
 
 @jax.jit
-def _pair(w: Array, w0: Array, grad: Array, grad0: Array, rho: Array, threshold: Array) -> tuple[Array, ...]:
-    """s, y, whether their curvature s.y is clearly positive, rho with the new one at the end, gamma."""
+def _pair(w: Array, w0: Array, grad: Array, grad0: Array, threshold: Array) -> tuple[Array, Array, Array]:
+    """s, y, and whether their curvature s.y is clearly positive."""
     s, y = w - w0, grad - grad0
-    sy, yy, ss = jnp.vdot(s, y), jnp.vdot(y, y), jnp.vdot(s, s)
-    good = sy > threshold * jnp.sqrt(ss) * jnp.sqrt(yy)
-    return s, y, good, jnp.concatenate([rho[1:], 1 / sy[None]]), sy / yy
+    return s, y, jnp.vdot(s, y) > threshold * jnp.linalg.norm(s) * jnp.linalg.norm(y)
+
+
+@jax.jit
+def _push(pairs: Pairs, s: Array, y: Array) -> Pairs:
+    """The pairs with one more, the oldest gone."""
+    ss, ys = (jnp.concatenate([old[1:], new[None]]) for old, new in ((pairs.s, s), (pairs.y, y)))
+    products = ss @ y
+    r = jnp.pad(pairs.r[1:, 1:], (0, 1)).at[:, -1].set(products)
+    return Pairs(ss, ys, r, products[-1] / jnp.vdot(y, y))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +180,8 @@ class LBFGS:
         return default if self.tolerance is None else self.tolerance
 
     def _empty(self, w: Array) -> Pairs:
-        stack, zero = (jnp.zeros_like(w),) * self.memory, jnp.zeros((), w.dtype)
-        return Pairs(stack, stack, jnp.zeros(self.memory, w.dtype), zero)
+        none = jnp.zeros((self.memory, w.size), w.dtype)
+        return Pairs(none, none, jnp.eye(self.memory, dtype=w.dtype), jnp.zeros((), w.dtype))
 
     def _search(self, problem: Problem, state: State) -> State:
         """The state after a line search; STALLED where no trial lowers the loss."""
@@ -198,7 +207,7 @@ class LBFGS:
         w, before = walk.line.w, state.evaluation
         trial = problem.evaluate(w)
         difference = problem.difference(w, state.w, trial.losses, before.losses, problem.weights)
-        line, better = _judge(self.max_trials, walk.line, state.w, trial.grad, difference, walk.best, walk.pairs.rho)
+        line, better = _judge(self.max_trials, walk.line, state.w, trial.grad, difference, walk.best, walk.pairs.gamma)
         best = problem.driver.cond(
             better, lambda best: Best(w, trial, difference, better), lambda best: best, walk.best
         )
@@ -213,9 +222,5 @@ class LBFGS:
     def _remember(self, problem: Problem, pairs: Pairs, state: State, best: Best) -> Pairs:
         """The pairs with that of this step appended, unless its curvature is not clearly positive."""
         grads = best.evaluation.grad, state.evaluation.grad
-        s, y, good, rho, gamma = _pair(best.w, state.w, *grads, pairs.rho, problem.real(self.pair_threshold))
-
-        def push(pairs: Pairs) -> Pairs:
-            return Pairs((*pairs.s[1:], s), (*pairs.y[1:], y), rho, gamma)
-
-        return problem.driver.cond(good, push, lambda pairs: pairs, pairs)
+        s, y, good = _pair(best.w, state.w, *grads, problem.real(self.pair_threshold))
+        return problem.driver.cond(good, _push, lambda pairs, s, y: pairs, pairs, s, y)

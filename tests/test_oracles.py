@@ -330,8 +330,9 @@ def test_solver_reaches_the_minimum_that_scipy_finds(example: Example, solver: A
 @every_full_batch_solver
 @pytest.mark.parametrize("example", [e for e in problems(np.float32) if e.convex], ids=lambda example: example.name)
 def test_solver_nears_the_minimum_in_float32(example: Example, solver: Any):
+    # The default, a gradient of 1e-4 of the first one, may leave 3e-4 of Rosenbrock's loss, see above; this one 8.4e-7.
     with jax.enable_x64(False):
-        result = fit(example, solver, max_steps=500)
+        result = fit(example, dataclasses.replace(solver, tolerance=5e-6), max_steps=500)
     assert result.status in (Status.CONVERGED, Status.STALLED)
     assert result.loss == pytest.approx(scipy_minimum(example.name), rel=5e-3, abs=1e-6)
 
