@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import math
+import operator
 import statistics
 import sys
 import time
@@ -117,7 +118,9 @@ def our_gauss_newton(problem: Problem, meter: Meter, block_size: int) -> None:
 OUR_LBFGS = {"subsetopt": our_lbfgs, "compiled": our_compiled_lbfgs}
 OURS = OUR_LBFGS | {"gauss_newton": our_gauss_newton}
 RUNS = (*OURS, *PEERS)
-PARTS = ("blocks", *RUNS, "overhead", "scale")
+LBFGS_RUNS = [name for name in RUNS if name not in ("gauss_newton", "levenberg_marquardt")]
+PARTS = ("blocks", *RUNS, "overhead", "scale", "seeds")
+SEEDS = (0, 1, 2, 3, 4, 5, 6)  # of data and starts, to compare last losses: they are those of different minima
 
 
 # --- what our solver adds to its evaluations -----------------------------------------------------------------------
@@ -203,9 +206,11 @@ class Job(jobs.Job):
 
     def __init__(self, name: str, arguments: Arguments):
         self.setting, self.seed = _tiny(SETTINGS[name]) if arguments.smoke else SETTINGS[name], arguments.seed
+        self.seeds = SEEDS[:1] if arguments.smoke else SEEDS
         squared = self.setting.loss == "squared_error"
         # Inside a compiled loop XLA:CPU's convolutions are as slow for us as for the peers.
-        fits = {"levenberg_marquardt": squared, "scale": name == "float32", "compiled": name != "cnn"}
+        fits = {"levenberg_marquardt": squared, "compiled": name != "cnn"}
+        fits |= {"scale": name == "float32", "seeds": name == "float32"}
         left_out = {part for part, it_fits in fits.items() if not it_fits}
         parts = [part for part in PARTS if part not in left_out and _installed(name, part)]
         super().__init__(name, parts, arguments, f"-seed{arguments.seed}")
@@ -222,14 +227,28 @@ class Job(jobs.Job):
         block_size = self._block_size()
         if part in ("overhead", "scale"):
             return {"overhead": overhead, "scale": scale}[part](self.problem, block_size)
+        if part == "seeds":
+            return {name: self._last_losses(name) for name in self.parts if name in LBFGS_RUNS}
         busy, longer = probe(), LONGER if part in OUR_LBFGS else 1
         meter = Meter(longer * self.setting.steps)
-        if part in OURS:
-            OURS[part](self.problem, meter, block_size)
-        else:
-            PEERS[part][0](self.problem, meter)
+        self._solve(part, self.problem, meter)
         seconds = {"probe_seconds": busy, "first_call_seconds": meter.first_call_seconds}
         return {"curve": columns(meter.rows), "ended": meter.ended, **seconds}
+
+    def _solve(self, name: str, problem: Problem, meter: Meter) -> None:
+        if name in OURS:
+            OURS[name](problem, meter, self._block_size())
+        else:
+            PEERS[name][0](problem, meter)
+
+    def _last_losses(self, name: str) -> list[float]:
+        """The lowest loss of one L-BFGS from each start."""
+        return [self.kept("seeds", f"{name}, seed={seed}", self._last_loss, name, seed) for seed in self.seeds]
+
+    def _last_loss(self, name: str, seed: int) -> float:
+        meter = Meter(self.setting.steps)
+        self._solve(name, Problem(self.setting, seed), meter)
+        return min(meter.rows, key=lambda row: row["loss"])["loss"]
 
     def _block_size(self) -> int:
         if not self.path("blocks").exists():
@@ -288,7 +307,7 @@ def summary(parts: dict[str, Any], steps: int) -> dict[str, Any]:
     """
     drivers = {name: parts[name]["curve"] for name in OUR_LBFGS if name in parts}
     fastest = min(drivers, key=lambda name: drivers[name]["seconds"][-1] / drivers[name]["step"][-1])
-    final: dict[str, Any] = {part: parts[part] for part in ("blocks", "overhead", "scale") if part in parts}
+    final: dict[str, Any] = {part: parts[part] for part in ("blocks", "overhead", "scale", "seeds") if part in parts}
     final["fastest"] = fastest
     for name in [name for name in RUNS if name in parts]:
         run = dict(parts[name])
@@ -345,6 +364,14 @@ def print_table(record: dict[str, Any]) -> None:
     print(f"blocks of {size}; ours over the bare gradient: {share:+.1%}; ended: {_ends(record)}")
     if "scale" in final:
         print(f"largest difference of parameters, loss scaled: {final['scale']}")
+    if "seeds" in final:
+        print(f"last losses over ours, medians of seeds: {_beside_ours(final['seeds'])}")
+
+
+def _beside_ours(losses: dict[str, list[float]]) -> str:
+    ours = losses["subsetopt"]
+    ratios = {name: statistics.median(map(operator.truediv, theirs, ours)) for name, theirs in losses.items()}
+    return ", ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items() if name != "subsetopt")
 
 
 def _ends(record: dict[str, Any]) -> str:
