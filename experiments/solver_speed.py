@@ -17,7 +17,7 @@ import operator
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ SAME_LOSS = 1e-3  # a loss counts as reached within 0.1 %: on a plateau the last
 
 SETTINGS = {
     "cnn": Setting(FAMILY["mnist28-11k"].model, "mnist", 10_000),
-    "mlp": Setting(MLP((120,)), "mnist", 10_000, blocks=(128, 512, 2048, 10_000)),
+    "mlp": Setting(MLP((120,)), "mnist", 10_000, blocks=(128, 512, 2048, 10_000), overhead_steps=200),
     # Where float32 line searches lose their way: the last 300 steps see only rounding.
     "float32": Setting(MLP((32,)), "clusters", 400, steps=600, blocks=(128, 400), overhead_steps=200),
     "regression": Setting(MLP((32,)), "teacher", 400, "squared_error", blocks=(128, 400), overhead_steps=200),
@@ -119,7 +119,8 @@ OUR_LBFGS = {"subsetopt": our_lbfgs, "compiled": our_compiled_lbfgs}
 OURS = OUR_LBFGS | {"gauss_newton": our_gauss_newton}
 RUNS = (*OURS, *PEERS)
 LBFGS_RUNS = [name for name in RUNS if name not in ("gauss_newton", "levenberg_marquardt")]
-PARTS = ("blocks", *RUNS, "overhead", "scale", "seeds")
+PARTS = ("blocks", *RUNS, "rounds", "overhead", "scale", "seeds")
+ROUNDS = 5  # in which every L-BFGS runs once: what else the machine does strikes single runs, and not the same ones
 SEEDS = (0, 1, 2, 3, 4, 5, 6)  # of data and starts, to compare last losses: they are those of different minima
 
 
@@ -206,11 +207,11 @@ class Job(jobs.Job):
 
     def __init__(self, name: str, arguments: Arguments):
         self.setting, self.seed = _tiny(SETTINGS[name]) if arguments.smoke else SETTINGS[name], arguments.seed
-        self.seeds = SEEDS[:1] if arguments.smoke else SEEDS
+        self.seeds, self.rounds = (SEEDS[:1], 1) if arguments.smoke else (SEEDS, ROUNDS)
         squared = self.setting.loss == "squared_error"
         # Inside a compiled loop XLA:CPU's convolutions are as slow for us as for the peers.
         fits = {"levenberg_marquardt": squared, "compiled": name != "cnn"}
-        fits |= {"scale": name == "float32", "seeds": name == "float32"}
+        fits |= {"rounds": name != "cnn", "scale": name == "float32", "seeds": name == "float32"}
         left_out = {part for part, it_fits in fits.items() if not it_fits}
         parts = [part for part in PARTS if part not in left_out and _installed(name, part)]
         super().__init__(name, parts, arguments, f"-seed{arguments.seed}")
@@ -227,8 +228,8 @@ class Job(jobs.Job):
         block_size = self._block_size()
         if part in ("overhead", "scale"):
             return {"overhead": overhead, "scale": scale}[part](self.problem, block_size)
-        if part == "seeds":
-            return {name: self._last_losses(name) for name in self.parts if name in LBFGS_RUNS}
+        if part in ("rounds", "seeds"):
+            return {"rounds": self._rounds, "seeds": self._last_losses}[part]()
         busy, longer = probe(), LONGER if part in OUR_LBFGS else 1
         meter = Meter(longer * self.setting.steps)
         self._solve(part, self.problem, meter)
@@ -241,14 +242,27 @@ class Job(jobs.Job):
         else:
             PEERS[name][0](problem, meter)
 
-    def _last_losses(self, name: str) -> list[float]:
-        """The lowest loss of one L-BFGS from each start."""
-        return [self.kept("seeds", f"{name}, seed={seed}", self._last_loss, name, seed) for seed in self.seeds]
+    def _rounds(self) -> dict[str, list[float]]:
+        """Milliseconds a step of every L-BFGS in each round."""
+        rows = self._repeated("rounds", "round", range(self.rounds), lambda _: self.problem)
+        return {name: [1e3 * runs[-1]["seconds"] / runs[-1]["step"] for runs in found] for name, found in rows.items()}
 
-    def _last_loss(self, name: str, seed: int) -> float:
-        meter = Meter(self.setting.steps)
-        self._solve(name, Problem(self.setting, seed), meter)
-        return min(meter.rows, key=lambda row: row["loss"])["loss"]
+    def _last_losses(self) -> dict[str, list[float]]:
+        """The lowest loss of every L-BFGS from each start."""
+        rows = self._repeated("seeds", "seed", self.seeds, functools.partial(Problem, self.setting))
+        return {name: [min(row["loss"] for row in runs) for runs in found] for name, found in rows.items()}
+
+    def _repeated(self, part: str, label: str, numbers: Sequence[int], problem: Callable) -> dict[str, list[list]]:
+        """The rows of every L-BFGS, a run for each number, all solvers in turns."""
+
+        def rows(name: str, number: int) -> list[dict[str, Any]]:
+            meter = Meter(self.setting.steps)
+            self._solve(name, problem(number), meter)
+            return meter.rows
+
+        names = [name for name in self.parts if name in LBFGS_RUNS]
+        runs = [[self.kept(part, f"{name}, {label}={k}", rows, name, k) for name in names] for k in numbers]
+        return {name: list(found) for name, *found in zip(names, *runs, strict=True)}
 
     def _block_size(self) -> int:
         if not self.path("blocks").exists():
@@ -259,6 +273,7 @@ class Job(jobs.Job):
 
     def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
         """A curve a solver; the race."""
+        parts = steadied(parts, self.setting.steps)
         curves = {name: self._priced(part["curve"]) for name, part in parts.items() if name in RUNS}
         return self.config(), curves, summary(parts, self.setting.steps)
 
@@ -307,7 +322,9 @@ def summary(parts: dict[str, Any], steps: int) -> dict[str, Any]:
     """
     drivers = {name: parts[name]["curve"] for name in OUR_LBFGS if name in parts}
     fastest = min(drivers, key=lambda name: drivers[name]["seconds"][-1] / drivers[name]["step"][-1])
-    final: dict[str, Any] = {part: parts[part] for part in ("blocks", "overhead", "scale", "seeds") if part in parts}
+    final: dict[str, Any] = {
+        part: parts[part] for part in ("blocks", "rounds", "overhead", "scale", "seeds") if part in parts
+    }
     final["fastest"] = fastest
     for name in [name for name in RUNS if name in parts]:
         run = dict(parts[name])
@@ -319,6 +336,20 @@ def summary(parts: dict[str, Any], steps: int) -> dict[str, Any]:
     peers = [name for name in PEERS if name in parts]
     final["best_peer"] = min(peers, key=lambda name: final[name]["loss"])
     return final
+
+
+def steadied(parts: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Each run's seconds as if its steps had taken the median of the rounds."""
+
+    def steady(name: str, part: Any) -> Any:
+        if name not in parts.get("rounds", {}):
+            return part
+        curve, milliseconds = part["curve"], statistics.median(parts["rounds"][name])
+        common = _first(curve, steps)
+        factor = milliseconds * common["step"][-1] / (1e3 * common["seconds"][-1])
+        return part | {"curve": curve | {"seconds": [factor * seconds for seconds in curve["seconds"]]}}
+
+    return {name: steady(name, part) for name, part in parts.items()}
 
 
 def _first(curve: dict[str, list], steps: int) -> dict[str, list]:

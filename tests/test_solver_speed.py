@@ -69,6 +69,8 @@ def check_record(record: dict[str, Any]) -> None:
         assert record["final"][name]["probe_seconds"] > 0
     assert math.isfinite(record["final"]["overhead"]["overhead"])
     assert record["final"]["best_peer"] in record["curves"]
+    for name, (milliseconds,) in record["final"]["rounds"].items():
+        assert milliseconds == pytest.approx(record["final"][name]["milliseconds_per_step"])
 
 
 def test_last_losses_are_those_of_every_lbfgs_from_every_start(smoke):
@@ -175,6 +177,14 @@ def test_the_faster_driver_races():
     runs["compiled"] = runs["subsetopt"] | {"curve": curve([4.0, 2.0, 1.0, 0.5], 0.5)}
     final = solver_speed.summary(runs, steps=3)
     assert (final["fastest"], final["optax"]["our_seconds_to_target"]) == ("compiled", 1.5)
+
+
+def test_seconds_are_those_of_the_median_round():
+    runs = parts([4.0, 1.0, 1.0]) | {"rounds": {"optax": [1e3, 8e3, 5e3]}}  # 2 s a step in the run itself
+    steady = solver_speed.steadied(runs, steps=2)
+    assert steady["optax"]["curve"]["seconds"] == [5, 10, 15]
+    assert steady["subsetopt"] == runs["subsetopt"]
+    assert solver_speed.summary(steady, steps=3)["rounds"] == runs["rounds"]
 
 
 def record(peer: list[float]) -> dict[str, Any]:
