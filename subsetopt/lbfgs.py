@@ -1,8 +1,9 @@
 """LBFGS: limited-memory BFGS with a Wolfe line search on the subset's deterministic loss.
 
-Nocedal and Wright, Numerical Optimization (2006), Algorithm 7.5. Their s_k, y_k, gamma_k are s, y, gamma here. Differs
-in: the direction comes from matrix products; pairs are accepted by a test free of the loss's scale; the memory is
-cleared where the subset changes (another objective) and once where a line search fails.
+Nocedal and Wright, Numerical Optimization (2006), Algorithm 7.5. Their s_k, y_k, H_k^0 are s, y, h0 here. Differs in:
+H_k^0 is a diagonal matrix of its own for every parameter, not a multiple of one; the direction comes from matrix
+products; pairs are accepted by a test free of the loss's scale; the memory is cleared where the subset changes
+(another objective) and once where a line search fails.
 """
 
 import dataclasses
@@ -20,29 +21,36 @@ from subsetopt.growth import Growth
 from subsetopt.problem import GRADIENT, Evaluation, Problem
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
+# Heuristics, measured: how fast the curvature met forgets, and what share of its mean every parameter has at least.
+_KEEP, _FLOOR = 0.95, 0.1
+
 
 class Pairs(NamedTuple):
     """The last m pairs, oldest first; s, y: (m, P), rows of zeros in empty places.
 
     r (m, m): s_i.y_j for i <= j, ones on the diagonal for empty places; what is below it is not in use.
-    gamma (): s.y / y.y of the last pair, zero without any.
+    curvature (P,): the diagonal of sum y y' / s.y over all pairs met, the older ones fading.
+    h0 (P,): the diagonal of the matrix that the pairs correct, zeros without any.
     """
 
     s: Array
     y: Array
     r: Array
-    gamma: Array
+    curvature: Array
+    h0: Array
 
 
 class Line(NamedTuple):
     """A line search on its way: along `direction` from w0, of slope `slope0`; next comes w, at step length t.
 
-    goes_on: whether it does; again: only once more, without a memory.
+    remembers: whether the direction is that of the memory; goes_on: whether the search does; again: only once more,
+    without a memory.
     """
 
     search: linesearch.Search
     direction: Array
     slope0: Array
+    remembers: Array
     t: Array
     w: Array
     trials: Array
@@ -74,34 +82,32 @@ def _quasi_newton(pairs: Pairs, grad: Array) -> Array:
     That form is of Byrd, Nocedal and Schnabel (Math. Programming 63, 1994, Theorem 2.2), but for q, which is computed
     as in the loops: Y'q by Y'g and Y'Y would lose digits where q is short beside g.
     """
-    s, y, r, gamma = pairs
+    s, y, r, _, h0 = pairs
     alpha = solve_triangular(r, s @ grad)
-    q = grad - alpha @ y
-    return -(gamma * q + solve_triangular(r, jnp.diag(r) * alpha - gamma * (y @ q), trans=1) @ s)
+    q = h0 * (grad - alpha @ y)
+    return -(q + solve_triangular(r, jnp.diag(r) * alpha - y @ q, trans=1) @ s)
 
 
 @jax.jit
-def _direction(pairs: Pairs, grad: Array) -> tuple[Array, Array]:
-    """A descent direction and its slope: of quasi-Newton, or of length one against the gradient without a memory."""
+def _direction(pairs: Pairs, grad: Array) -> tuple[Array, Array, Array]:
+    """A descent direction, its slope, and whether it is that of the memory: else of length one against the gradient."""
     norm = jnp.linalg.norm(grad)
     direction = _quasi_newton(pairs, grad)
     slope = jnp.vdot(grad, direction)
-    descends = (pairs.gamma > 0) & (slope < 0)
-    return jnp.where(descends, direction, -grad / norm), jnp.where(descends, slope, -norm)
+    descends = slope < 0  # never without pairs, which give zeros
+    return jnp.where(descends, direction, -grad / norm), jnp.where(descends, slope, -norm), descends
 
 
 @jax.jit
 def _begin(pairs: Pairs, w: Array, grad: Array, value: Array) -> Line:
-    direction, slope = _direction(pairs, grad)
+    direction, slope, remembers = _direction(pairs, grad)
     none = jnp.zeros((), np.int32)
     search = linesearch.begin(slope, value)
-    return Line(search, direction, slope, jnp.ones_like(value), w + direction, none, none == 0, none > 0)
+    return Line(search, direction, slope, remembers, jnp.ones_like(value), w + direction, none, none == 0, none > 0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _judge(
-    max_trials: int, line: Line, w0: Array, grad: Array, difference: Array, best: Best, gamma: Array
-) -> tuple[Line, Array]:
+def _judge(max_trials: int, line: Line, w0: Array, grad: Array, difference: Array, best: Best) -> tuple[Line, Array]:
     """The search after a trial with this gradient, and whether that is the best point so far."""
     scale = jnp.abs(line.slope0)
     point = linesearch.Point(line.t, difference / scale, jnp.vdot(grad, line.direction) / scale)
@@ -114,32 +120,43 @@ def _judge(
     search = linesearch.narrow(line.search, point)
     t = linesearch.propose(search)
     # A memory that gives no improving step is thrown away once: steepest descent has the last word.
-    again = ~goes_on & ~better & ~best.found & (gamma > 0)
+    again = ~goes_on & ~better & ~best.found & line.remembers
     after = line._replace(search=search, t=t, w=w0 + t * line.direction, trials=trials)
     return after._replace(goes_on=goes_on, again=again), better
 
 
 @jax.jit
-def _pair(w: Array, w0: Array, grad: Array, grad0: Array, threshold: Array) -> tuple[Array, Array, Array]:
-    """s, y, and whether their curvature s.y is clearly positive."""
+def _remember(pairs: Pairs, w: Array, w0: Array, grad: Array, grad0: Array, threshold: Array) -> Pairs:
+    """The pairs with one more, the oldest gone; unless the new one's s.y is not clearly positive."""
     s, y = w - w0, grad - grad0
-    return s, y, jnp.vdot(s, y) > threshold * jnp.linalg.norm(s) * jnp.linalg.norm(y)
+    good = jnp.vdot(s, y) > threshold * jnp.linalg.norm(s) * jnp.linalg.norm(y)
+    return jax.tree.map(partial(jnp.where, good), _pushed(pairs, s, y), pairs)
 
 
-@jax.jit
-def _push(pairs: Pairs, s: Array, y: Array) -> Pairs:
-    """The pairs with one more, the oldest gone."""
+def _pushed(pairs: Pairs, s: Array, y: Array) -> Pairs:
     ss, ys = (jnp.concatenate([old[1:], new[None]]) for old, new in ((pairs.s, s), (pairs.y, y)))
     products = ss @ y
     r = jnp.pad(pairs.r[1:, 1:], (0, 1)).at[:, -1].set(products)
-    return Pairs(ss, ys, r, products[-1] / jnp.vdot(y, y))
+    sy = products[-1]
+    curvature = _KEEP * pairs.curvature + y * y / sy
+    return Pairs(ss, ys, r, curvature, _h0(curvature, y, sy))
+
+
+def _h0(curvature: Array, y: Array, sy: Array) -> Array:
+    """Proportional to curvature^-1/2, its mean and the floor applied; y.h0 y = s.y for the last pair, as in (7.20).
+
+    The root, a heuristic, evens out what a few pairs tell of a parameter. A multiple of the identity took 1.5 times the
+    evaluations on digits and 1.4 on MNIST (convolutional networks, 5 starts), as many on other problems.
+    """
+    shape = jax.lax.rsqrt(curvature / jnp.mean(curvature) + _FLOOR)
+    return shape * sy / jnp.vdot(y, shape * y)
 
 
 @dataclasses.dataclass(frozen=True)
 class LBFGS:
     """Limited-memory BFGS; costs about one evaluation of the subset a step.
 
-    memory: pairs kept.
+    memory: pairs kept, of 2 P numbers each.
     tolerance: CONVERGED when the gradient norm is this fraction of the largest one met; None: 1e-4 in float32, 1e-7
         in float64.
     max_trials: evaluations a line search may take; the best point is kept.
@@ -181,7 +198,7 @@ class LBFGS:
 
     def _empty(self, w: Array) -> Pairs:
         none = jnp.zeros((self.memory, w.size), w.dtype)
-        return Pairs(none, none, jnp.eye(self.memory, dtype=w.dtype), jnp.zeros((), w.dtype))
+        return Pairs(none, none, jnp.eye(self.memory, dtype=w.dtype), jnp.zeros_like(w), jnp.zeros_like(w))
 
     def _search(self, problem: Problem, state: State) -> State:
         """The state after a line search; STALLED where no trial lowers the loss."""
@@ -194,8 +211,10 @@ class LBFGS:
         state = charged(state, GRADIENT, walk.evals * problem.count, walk.evals)
 
         def accept(state: State) -> State:
-            memory = self._remember(problem, walk.pairs, state, walk.best)
-            return moved(state, walk.best.w, walk.best.evaluation).replace(memory=memory)
+            best, threshold = walk.best, problem.real(self.pair_threshold)
+            grads = best.evaluation.grad, state.evaluation.grad
+            memory = _remember(walk.pairs, best.w, state.w, *grads, threshold)
+            return moved(state, best.w, best.evaluation).replace(memory=memory)
 
         def stall(state: State) -> State:
             return state.replace(status=jnp.full_like(state.status, Status.STALLED))
@@ -207,7 +226,7 @@ class LBFGS:
         w, before = walk.line.w, state.evaluation
         trial = problem.evaluate(w)
         difference = problem.difference(w, state.w, trial.losses, before.losses, problem.weights)
-        line, better = _judge(self.max_trials, walk.line, state.w, trial.grad, difference, walk.best, walk.pairs.gamma)
+        line, better = _judge(self.max_trials, walk.line, state.w, trial.grad, difference, walk.best)
         best = problem.driver.cond(
             better, lambda best: Best(w, trial, difference, better), lambda best: best, walk.best
         )
@@ -218,9 +237,3 @@ class LBFGS:
             return walk._replace(line=_begin(empty, state.w, before.grad, before.value), pairs=empty)
 
         return problem.driver.cond(line.again, anew, lambda walk: walk, walk)
-
-    def _remember(self, problem: Problem, pairs: Pairs, state: State, best: Best) -> Pairs:
-        """The pairs with that of this step appended, unless its curvature is not clearly positive."""
-        grads = best.evaluation.grad, state.evaluation.grad
-        s, y, good = _pair(best.w, state.w, *grads, problem.real(self.pair_threshold))
-        return problem.driver.cond(good, _push, lambda pairs, s, y: pairs, pairs, s, y)
