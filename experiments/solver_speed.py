@@ -43,6 +43,7 @@ SAME_LOSS = 1e-3  # a loss counts as reached within 0.1 %: on a plateau the last
 
 SETTINGS = {
     "cnn": Setting(FAMILY["mnist28-11k"].model, "mnist", 10_000),
+    "digits": Setting(FAMILY["digits"].model, "digits", 1437, steps=200, blocks=(128, 1437), overhead_steps=200),
     "mlp": Setting(MLP((120,)), "mnist", 10_000, blocks=(128, 512, 2048, 10_000), overhead_steps=200),
     # Where float32 line searches lose their way: the last 300 steps see only rounding.
     "float32": Setting(MLP((32,)), "clusters", 400, steps=600, blocks=(128, 400), overhead_steps=200),
