@@ -1,6 +1,6 @@
 """Our solvers beside optax, jaxopt, optimistix, scipy and torch: the same losses, starts and float32, one by one.
 
-    python -m experiments.solver_speed                                   everything, an hour and a half on 2 cores
+    python -m experiments.solver_speed                                   everything, two hours on 2 cores
     python -m experiments.solver_speed --only problem=mlp                one problem
     python -m experiments.solver_speed --only problem=cnn,solver=scipy   one run
 
