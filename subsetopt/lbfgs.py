@@ -1,9 +1,9 @@
 """LBFGS: limited-memory BFGS with a Wolfe line search on the subset's deterministic loss.
 
 Nocedal and Wright, Numerical Optimization (2006), Algorithm 7.5. Their s_k, y_k, H_k^0 are s, y, h0 here. Differs in:
-H_k^0 is a diagonal matrix of its own for every parameter, not a multiple of one; the direction comes from matrix
-products; pairs are accepted by a test free of the loss's scale; the memory is cleared where the subset changes
-(another objective) and once where a line search fails.
+H_k^0 is a diagonal learned from the pairs, not a multiple of the identity; the direction comes from matrix products;
+pairs are accepted by a test free of the loss's scale; the memory is cleared where the subset changes (another
+objective) and once where a line search fails.
 """
 
 import dataclasses
