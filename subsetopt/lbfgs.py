@@ -26,18 +26,31 @@ _KEEP, _FLOOR = 0.95, 0.1
 
 
 class Pairs(NamedTuple):
-    """The last m pairs, oldest first; s, y: (m, P), rows of zeros in empty places.
+    """The last m pairs, a ring: pair number k is in place k mod m, so that a compiled loop writes two rows a step.
 
-    r (m, m): s_i.y_j for i <= j, ones on the diagonal for empty places; what is below it is not in use.
+    s, y: (m, P), by place; what is in the places of pairs that are not there is not in use.
+    count: pairs since the memory was cleared; its last m are there.
+    r (m, m): s_i.y_j for i <= j, oldest first, ones on the diagonal before the first pair; what is below it is not in
+    use.
     curvature (P,): the diagonal of sum y y' / s.y over all pairs met, the older ones fading.
     h0 (P,): the diagonal of the matrix that the pairs correct, zeros without any.
     """
 
     s: Array
     y: Array
+    count: Array
     r: Array
     curvature: Array
     h0: Array
+
+    def by_age(self, values: Array) -> Array:
+        """A value for each place (m,), oldest pair first, zeros before the first one."""
+        ages = jnp.arange(len(values), dtype=np.int32)
+        return jnp.where(ages >= len(values) - self.count, values[(ages + self.count) % len(values)], 0)
+
+    def by_place(self, values: Array) -> Array:
+        """The other way round."""
+        return values[(jnp.arange(len(values), dtype=np.int32) - self.count) % len(values)]
 
 
 class Line(NamedTuple):
@@ -82,10 +95,10 @@ def _quasi_newton(pairs: Pairs, grad: Array) -> Array:
     That form is of Byrd, Nocedal and Schnabel (Math. Programming 63, 1994, Theorem 2.2), but for q, which is computed
     as in the loops: Y'q by Y'g and Y'Y would lose digits where q is short beside g.
     """
-    s, y, r, _, h0 = pairs
-    alpha = solve_triangular(r, s @ grad)
-    q = h0 * (grad - alpha @ y)
-    return -(q + solve_triangular(r, jnp.diag(r) * alpha - y @ q, trans=1) @ s)
+    s, y, r = pairs.s, pairs.y, pairs.r
+    alpha = solve_triangular(r, pairs.by_age(s @ grad))
+    q = pairs.h0 * (grad - pairs.by_place(alpha) @ y)
+    return -(q + pairs.by_place(solve_triangular(r, jnp.diag(r) * alpha - pairs.by_age(y @ q), trans=1)) @ s)
 
 
 @jax.jit
@@ -99,11 +112,11 @@ def _direction(pairs: Pairs, grad: Array) -> tuple[Array, Array, Array]:
 
 
 @jax.jit
-def _begin(pairs: Pairs, w: Array, grad: Array, value: Array) -> Line:
+def _begin(pairs: Pairs, w: Array, grad: Array, value: Array, goes_on: Array) -> Line:
     direction, slope, remembers = _direction(pairs, grad)
     none = jnp.zeros((), np.int32)
     search = linesearch.begin(slope, value)
-    return Line(search, direction, slope, remembers, jnp.ones_like(value), w + direction, none, none == 0, none > 0)
+    return Line(search, direction, slope, remembers, jnp.ones_like(value), w + direction, none, goes_on, none > 0)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -125,21 +138,29 @@ def _judge(max_trials: int, line: Line, w0: Array, grad: Array, difference: Arra
     return after._replace(goes_on=goes_on, again=again), better
 
 
+def _cleared(pairs: Pairs) -> Pairs:
+    """No pairs; what is in their places is not touched."""
+    return pairs._replace(
+        count=jnp.zeros_like(pairs.count),
+        r=jnp.eye(len(pairs.r), dtype=pairs.r.dtype),
+        curvature=jnp.zeros_like(pairs.curvature),
+        h0=jnp.zeros_like(pairs.h0),
+    )
+
+
 @jax.jit
 def _remember(pairs: Pairs, w: Array, w0: Array, grad: Array, grad0: Array, threshold: Array) -> Pairs:
-    """The pairs with one more, the oldest gone; unless the new one's s.y is not clearly positive."""
+    """The pairs with one more in place of the oldest; unless the new one's s.y is not clearly positive."""
     s, y = w - w0, grad - grad0
-    good = jnp.vdot(s, y) > threshold * jnp.linalg.norm(s) * jnp.linalg.norm(y)
-    return jax.tree.map(partial(jnp.where, good), _pushed(pairs, s, y), pairs)
-
-
-def _pushed(pairs: Pairs, s: Array, y: Array) -> Pairs:
-    ss, ys = (jnp.concatenate([old[1:], new[None]]) for old, new in ((pairs.s, s), (pairs.y, y)))
-    products = ss @ y
-    r = jnp.pad(pairs.r[1:, 1:], (0, 1)).at[:, -1].set(products)
-    sy = products[-1]
+    sy = jnp.vdot(s, y)
+    good = sy > threshold * jnp.linalg.norm(s) * jnp.linalg.norm(y)
+    place = pairs.count % len(pairs.s)
+    ss, ys = (old.at[place].set(jnp.where(good, new, old[place])) for old, new in ((pairs.s, s), (pairs.y, y)))
+    pushed = pairs._replace(s=ss, y=ys, count=pairs.count + 1)
     curvature = _KEEP * pairs.curvature + y * y / sy
-    return Pairs(ss, ys, r, curvature, _h0(curvature, y, sy))
+    r = jnp.pad(pairs.r[1:, 1:], (0, 1)).at[:, -1].set(pushed.by_age(ss @ y))
+    pushed = pushed._replace(r=r, curvature=curvature, h0=_h0(curvature, y, sy))
+    return jax.tree.map(partial(jnp.where, good), pushed, pairs._replace(s=ss, y=ys))
 
 
 def _h0(curvature: Array, y: Array, sy: Array) -> Array:
@@ -150,6 +171,10 @@ def _h0(curvature: Array, y: Array, sy: Array) -> Array:
     """
     shape = jax.lax.rsqrt(curvature / jnp.mean(curvature) + _FLOOR)
     return shape * sy / jnp.vdot(y, shape * y)
+
+
+def _stalled(state: State) -> State:
+    return state.replace(status=jnp.full_like(state.status, Status.STALLED))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +213,9 @@ class LBFGS:
     def step(self, problem: Problem, state: State) -> State:
         """One quasi-Newton step: direction, line search, memory."""
         # Another subset is another objective.
-        memory = problem.driver.cond(state.known, lambda m: m, lambda m: self._empty(state.w), state.memory)
+        memory = problem.driver.cond(state.known, lambda memory: memory, _cleared, state.memory)
         state, runs = ended(problem, evaluated(problem, state).replace(memory=memory), self._tolerance(problem.dtype))
-        return problem.driver.cond(runs, partial(self._search, problem), lambda state: state, state)
+        return self._search(problem, state, runs)
 
     def _tolerance(self, dtype: np.dtype) -> float:
         default = 1e-4 if dtype == np.float32 else 1e-7
@@ -198,28 +223,25 @@ class LBFGS:
 
     def _empty(self, w: Array) -> Pairs:
         none = jnp.zeros((self.memory, w.size), w.dtype)
-        return Pairs(none, none, jnp.eye(self.memory, dtype=w.dtype), jnp.zeros_like(w), jnp.zeros_like(w))
+        none_yet = jnp.zeros((), np.int32)
+        return Pairs(none, none, none_yet, jnp.eye(self.memory, dtype=w.dtype), jnp.zeros_like(w), jnp.zeros_like(w))
 
-    def _search(self, problem: Problem, state: State) -> State:
-        """The state after a line search; STALLED where no trial lowers the loss."""
+    def _search(self, problem: Problem, state: State, runs: Array) -> State:
+        """The state after a line search, without a trial unless it runs; STALLED where no trial lowers the loss.
+
+        The pairs pass no `cond` that changes them: a compiled loop would copy them there.
+        """
         before = state.evaluation
-        line = _begin(state.memory, state.w, before.grad, before.value)
+        line = _begin(state.memory, state.w, before.grad, before.value, runs)
         start = Walk(
             line, Best(state.w, before, jnp.zeros_like(before.value), line.again), state.memory, 0 * line.trials
         )
         walk = problem.driver.while_loop(lambda walk: walk.line.goes_on, partial(self._trial, problem, state), start)
         state = charged(state, GRADIENT, walk.evals * problem.count, walk.evals)
-
-        def accept(state: State) -> State:
-            best, threshold = walk.best, problem.real(self.pair_threshold)
-            grads = best.evaluation.grad, state.evaluation.grad
-            memory = _remember(walk.pairs, best.w, state.w, *grads, threshold)
-            return moved(state, best.w, best.evaluation).replace(memory=memory)
-
-        def stall(state: State) -> State:
-            return state.replace(status=jnp.full_like(state.status, Status.STALLED))
-
-        return problem.driver.cond(walk.best.found, accept, stall, state)
+        best, threshold = walk.best, problem.real(self.pair_threshold)
+        memory = _remember(walk.pairs, best.w, state.w, best.evaluation.grad, before.grad, threshold)
+        state = moved(state, best.w, best.evaluation).replace(memory=memory)
+        return problem.driver.cond(best.found | ~runs, lambda state: state, _stalled, state)
 
     def _trial(self, problem: Problem, state: State, walk: Walk) -> Walk:
         """One evaluation, and what follows from it."""
@@ -233,7 +255,7 @@ class LBFGS:
         walk = Walk(line, best, walk.pairs, walk.evals + 1)
 
         def anew(walk: Walk) -> Walk:
-            empty = self._empty(w)
-            return walk._replace(line=_begin(empty, state.w, before.grad, before.value), pairs=empty)
+            pairs = _cleared(walk.pairs)
+            return walk._replace(line=_begin(pairs, state.w, before.grad, before.value, np.True_), pairs=pairs)
 
         return problem.driver.cond(line.again, anew, lambda walk: walk, walk)
