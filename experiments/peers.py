@@ -290,10 +290,12 @@ def _same_start(theirs: float, ours: float) -> None:
 
 
 def _torch() -> tuple[Any, Callable[[np.ndarray], Any]]:
-    """The library, which no extra of the project installs, and how an array enters it."""
+    """The library, which no extra of the project installs, and how an array enters it, where JAX computes, too."""
     with _quiet():
         torch = importlib.import_module("torch")
-    return torch, lambda a: torch.from_numpy(np.array(a, order="C"))
+    torch.backends.cudnn.allow_tf32 = False  # float32 for everybody
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    return torch, lambda a: torch.from_numpy(np.array(a, order="C")).to(device)
 
 
 def torch_twin(problem: Problem) -> tuple[list[Any], Callable]:

@@ -26,7 +26,8 @@ _LOST = (
     "Process {} lost another process of this fit: it died, failed, or made another call. All of them have to be "
     "started again, with the same arguments; with checkpoint=FOLDER they go on where they were."
 )
-_MEMORY_SHARE = 0.5  # of a device's memory that the data may fill; the rest is for the solver
+_DATA_SHARE, _BLOCK_SHARE = 0.5, 0.25  # of a device's memory that data and one block may fill; the rest is the solver's
+_UNTOLD_MEMORY = 1 << 33
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +60,24 @@ class Devices:
         """The next block size that splits evenly over the devices."""
         return -(-size // self.count) * self.count
 
-    def default_block(self, convolves: bool) -> int:
-        """A block size that the backend's kernels like (measured on CPUs, not tuned): convolutions want small ones."""
-        return (2048 if not self.on_cpu else 128 if convolves else 512) * self.count
+    def default_block(self, convolves: bool, example_bytes: Callable[[], float]) -> int:
+        """A block size that the backend's kernels like: small ones where a CPU convolves, on accelerators large ones.
+
+        example_bytes: what an example moves through memory in an evaluation, which is more than it fills.
+        """
+        if self.on_cpu:
+            return (128 if convolves else 512) * self.count
+        return max(int(_BLOCK_SHARE * self._memory / example_bytes()), 1) * self.count
 
     def hold(self, size: int) -> bool:
         """Whether every device has room for so many bytes of data beside the solver's own."""
-        stats = self.local[0].memory_stats() if not self.on_cpu else None
-        return stats is None or size <= _MEMORY_SHARE * stats["bytes_limit"]
+        return self.on_cpu or size <= _DATA_SHARE * self._memory
+
+    @property
+    def _memory(self) -> int:
+        """Bytes of a device, for which some backends have no answer."""
+        stats = self.local[0].memory_stats()
+        return stats["bytes_limit"] if stats else _UNTOLD_MEMORY
 
     @property
     def process(self) -> int:
@@ -164,6 +175,23 @@ def choose(devices: Sequence[Any] | None) -> Devices:
     if devices is not None:
         return Devices(tuple(devices), tuple(devices))
     return Devices(tuple(jax.devices()), tuple(jax.local_devices()))
+
+
+def cost_analysis(function: Callable, *arguments: Any) -> dict[str, float]:
+    """What XLA counts in a program, of which arguments need shapes and dtypes only.
+
+    By its CPU client, whatever the devices: of the others most do not count before compiling, and after it a GPU's
+    convolutions are calls of unknown content.
+    """
+    try:
+        (cpu, *_) = jax.local_devices(backend="cpu")
+    except RuntimeError as error:
+        raise ValueError(
+            "JAX_PLATFORMS leaves out the CPU, where operations are counted; add it, as in JAX_PLATFORMS=cuda,cpu."
+        ) from error
+    with jax.default_device(cpu):
+        analysis: Any = jax.jit(function).lower(*arguments).cost_analysis()
+    return analysis
 
 
 def _from_every_process(sharding: NamedSharding, a: Any) -> Array:

@@ -127,7 +127,10 @@ class Compiled:
     def reduce(
         self, kernel: Kernel, static: Any, sums: Any, shared: Any, data: Any, sample: Sample, extra: Any, size: int
     ):
-        """As Host.reduce: a loop over blocks on each device, then one all-reduce for sums and values together."""
+        """As Host.reduce: a loop over blocks on each device, then one all-reduce for sums and values together.
+
+        Where one block is all there can be, there is no loop: on a GPU each turn waits for its condition.
+        """
         part, n = size // self.devices.count, len(sample.indices)
         rank = self.devices.rank()
         capacity = -(-n // size) * size
@@ -151,7 +154,8 @@ class Compiled:
         each = jax.tree.map(lambda v: jnp.zeros((capacity, *v.shape[1:]), v.dtype), shapes)
         mine = jax.tree.map(lambda a: jnp.where(rank == 0, a, 0), sums)
         blocks = (sample.count + size - 1) // size
-        sums, each = self.devices.total(lax.fori_loop(0, blocks, add, (mine, each)))
+        sums, each = add(np.int32(0), (mine, each)) if capacity == size else lax.fori_loop(0, blocks, add, (mine, each))
+        sums, each = self.devices.total((sums, each))
         return sums, jax.tree.map(lambda e: e[:n], each)
 
     def total(self, weights: Any, new: Any, old: Any = None) -> Array:

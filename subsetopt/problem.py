@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from subsetopt import checks
-from subsetopt.devices import Kernel, choose
+from subsetopt.devices import Devices, Kernel, choose, cost_analysis
 from subsetopt.drivers import Compiled, Host, Sample
 from subsetopt.linalg import add_gram
 from subsetopt.losses import LOSSES, Loss, resolve
@@ -26,6 +26,7 @@ from subsetopt.model import Constants, Model, Params, prepare
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
 
 _ROW_BLOCK, _ROW_BLOCK_NUMBERS = 2048, 1 << 25  # most rows in a block of them, and numbers: 128 MB in float32
+_ANALYSED = 128  # examples in a block whose cost is analysed
 _PIECE, _PIECE_NUMBERS = 64, 1 << 20  # least rows in a piece, for each is compiled; numbers that a CPU's cache holds
 
 
@@ -311,14 +312,17 @@ class Problem:
         """Examples a block of rows: as many rows as large products like, fewer where they are long."""
         size = min(max(_ROW_BLOCK_NUMBERS // self.parameters, 64), _ROW_BLOCK)
         size = size if u is not None else -(-size // self.outputs)
-        if least is not None:
-            blocks = -(-least // size)
-            size = -(-least // blocks)
-        return self.driver.devices.even(size)
+        return self.driver.devices.even(size if least is None else _full(least, size))
 
     def real(self, value: Any) -> Any:
         """A number of Python in the dtype of the problem."""
         return self.dtype.type(value) if isinstance(value, float) else value
+
+
+def _full(n: int, size: int) -> int:
+    """The largest block, of at most that size, of which n examples fill every one (but for rounding)."""
+    blocks = -(-n // size)
+    return -(-n // blocks)
 
 
 def _zeros(w: Array) -> Array:
@@ -327,23 +331,34 @@ def _zeros(w: Array) -> Array:
 
 def gradient_flops(problem: Problem) -> float:
     """Floating-point operations of the loss and gradient of one example, by the compiler's estimate."""
-    shared = (jax.ShapeDtypeStruct((problem.parameters,), problem.dtype), jax.tree.map(_shape, problem.constants))
-    block = tuple(jax.ShapeDtypeStruct((problem.block_size, *a.shape[1:]), a.dtype) for a in (problem.x, problem.y))
-    leaves, structure = jax.tree.flatten((shared, block))
-    return _gradient_flops(problem.objective, structure, tuple(leaves))
+    w = jax.ShapeDtypeStruct((problem.parameters,), problem.dtype)
+    constants = jax.tree.map(_shape, problem.constants)
+    return _gradient_cost(problem.objective, w, constants, _example(problem.x), _example(problem.y))["flops"]
+
+
+def _gradient_cost(objective: Objective, *arrays: Any) -> dict[str, float]:
+    """What the compiler's analysis says of the gradient, an example; arrays: w, constants, x and y of one."""
+    leaves, structure = jax.tree.flatten(arrays)
+    return _analysed(objective, structure, tuple(leaves))
+
+
+@lru_cache(maxsize=64)
+def _analysed(objective: Objective, structure: Any, leaves: tuple[Any, ...]) -> dict[str, float]:
+    w, constants, *example = jax.tree.unflatten(structure, leaves)
+    x, y = (jax.ShapeDtypeStruct((_ANALYSED, *a.shape), a.dtype) for a in example)
+    weights = jax.ShapeDtypeStruct((_ANALYSED,), w.dtype)
+    block = partial(_gradient_block, (objective, False))
+    analysis = cost_analysis(block, w, (w, constants), (x, y, weights))
+    return {key: float(analysis[key]) / _ANALYSED for key in ("flops", "bytes accessed")}
 
 
 def _shape(a: Any) -> Any:
     return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
 
-@lru_cache(maxsize=64)
-def _gradient_flops(objective: Objective, structure: Any, leaves: tuple[Any, ...]) -> float:
-    (w, constants), (x, y) = jax.tree.unflatten(structure, leaves)
-    weights = jax.ShapeDtypeStruct(x.shape[:1], w.dtype)
-    block = partial(_gradient_block, (objective, False))
-    analysis: Any = jax.jit(block).lower(w, (w, constants), (x, y, weights)).cost_analysis()
-    return float(analysis["flops"]) / x.shape[0]
+def _example(a: Any) -> Any:
+    """Of one of them."""
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
 
 
 def subset_of(indices: np.ndarray, dtype: np.dtype, count: int | None = None) -> Sample:
@@ -376,8 +391,7 @@ def make_problem(
     own = choose(devices)
     objective = Objective(own_model, resolve(loss))
     outputs = _checked_outputs(objective, loss, w, constants, x, y)
-    default = min(own.default_block(_convolves(own_model, w, constants, x)), len(x))
-    size = own.even(block_size or default)
+    size = own.even(block_size or _default_block(own, objective, w, constants, x, y))
     x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
     subset, weights, count = subset_of(np.arange(len(x), dtype=np.int32), np.dtype(w.dtype))
     static = (objective, Host(own), size, w.size, outputs, np.dtype(w.dtype))
@@ -386,8 +400,11 @@ def make_problem(
     return problem, w
 
 
-def _convolves(model: Model, w: Array, constants: Constants, x: Any) -> bool:
-    return "conv_general_dilated" in str(jax.make_jaxpr(model.outputs)(w, constants, x[:1]))
+def _default_block(own: Devices, objective: Objective, w: Array, constants: Constants, x: Any, y: Any) -> int:
+    convolves = "conv_general_dilated" in str(jax.make_jaxpr(objective.model.outputs)(w, constants, x[:1]))
+    arrays = _shape(w), jax.tree.map(_shape, constants), _example(x), _example(y)
+    size = own.default_block(convolves, lambda: _gradient_cost(objective, *arrays)["bytes accessed"])
+    return _full(len(x), size)
 
 
 def _checked_outputs(objective: Objective, loss: Any, w: Array, constants: Constants, x: Any, y: Any) -> int:

@@ -10,6 +10,7 @@ import pytest
 from problems import problems
 
 from subsetopt import LBFGS, GaussNewton, Growth, fit_subset
+from subsetopt.devices import cost_analysis
 from subsetopt.timing import compiled_programs
 
 EXAMPLES = {example.name: example for example in problems(np.float32)}
@@ -29,8 +30,9 @@ PROGRAM = """if True:
     from subsetopt.devices import _loop_program
     from subsetopt.problem import make_problem, placed
 
-    def text(function):
-        host, w = make_problem(MLP.apply, (MLP.x, MLP.y), MLP.params, loss=MLP.loss, block_size=8)
+    def text(function, block_size):
+        data = np.tile(MLP.x, (9, 1)), np.tile(MLP.y, 9)  # more than one block of rows
+        host, w = make_problem(MLP.apply, data, MLP.params, loss=MLP.loss, block_size=block_size)
         problem = placed(host, "compiled")
         devices = problem.driver.devices
         arrays = devices.replicate((problem, w))
@@ -42,17 +44,29 @@ PROGRAM = """if True:
     def gram(static, problem, w):
         return problem.gram(w, problem.whole(), None)
 
-    for program in map(text, (evaluate, gram)):
+    for program in (text(evaluate, 8), text(gram, 8), text(evaluate, 10_000)):
         main = program[program.index("ENTRY"):]
         print(json.dumps([program.count(" all-reduce("), main.count(" all-reduce("), program.count(" while(")]))
 """
 
 
 def test_one_all_reduce_an_evaluation_and_none_a_block(run_python: Any, request: pytest.FixtureRequest):
-    for line in run_python("-c", PROGRAM, devices=4, cwd=request.path.parent).splitlines():
-        everywhere, outside_of_loops, loops = json.loads(line)
+    lines = run_python("-c", PROGRAM, devices=4, cwd=request.path.parent).splitlines()
+    *by_blocks, at_once = map(json.loads, lines)
+    for everywhere, outside_of_loops, loops in by_blocks:
         assert (everywhere, outside_of_loops) == (1, 1)
         assert loops >= 1  # over blocks
+    assert at_once == [1, 1, 0]  # where all examples are one block
+
+
+def test_operations_are_counted_by_the_cpu_or_not_at_all(monkeypatch: pytest.MonkeyPatch):
+    def none(backend: str) -> None:
+        raise RuntimeError(f"Unknown backend: {backend}")
+
+    assert cost_analysis(jnp.dot, MLP.x, MLP.x.T)["flops"] == pytest.approx(2 * len(MLP.x) ** 2 * MLP.x.shape[1])
+    monkeypatch.setattr("jax.local_devices", none)
+    with pytest.raises(ValueError, match="JAX_PLATFORMS"):
+        cost_analysis(jnp.dot, MLP.x, MLP.x.T)
 
 
 @pytest.mark.parametrize("solver", [GaussNewton(linear_solve="dense"), LBFGS()], ids=repr)
