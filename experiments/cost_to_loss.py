@@ -13,6 +13,9 @@ interrupted goes on with the first unfinished one. The methods:
     gauss_newton_finetune  Gauss-Newton up to half of the training set, then Adam on all of it, its rate tuned
     paper                  a subset of four constraints a parameter by Adam at 1e-3, then the whole set
     adam, sgd              cosine decay to zero over each budget, rate and batch size tuned for it
+
+On a GPU, whose records are called NAME-gpu, Gauss-Newton alone is run. What first-order training reaches in so many
+steps is known from the record of CPUs; its seconds are taken there, epoch by epoch beside the fits.
 """
 
 import dataclasses
@@ -32,7 +35,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import jobs, races
+from experiments import jobs, races, records
 from experiments.problems import PROBLEMS, Problem
 from experiments.races import COSTS, TESTS, Row, lowest, of_budget
 from experiments.runs import OPTIMIZERS, adam, columns, finite, first_order, linear_algebra_flops, loss_and_accuracy
@@ -51,7 +54,8 @@ from subsetopt import (
 SOLVERS = {"gauss_newton": GaussNewton(), "lbfgs": LBFGS()}
 SNAPSHOTS = {"gauss_newton": 1, "lbfgs": 10}  # steps from one to the next
 OURS = (*SOLVERS, "gauss_newton_finetune")
-METHODS = (*OURS, "paper", *OPTIMIZERS)
+ON_CPU = jax.default_backend() == "cpu"
+METHODS = (*OURS, "paper", *OPTIMIZERS) if ON_CPU else ("gauss_newton", *OPTIMIZERS)
 BATCHES = (128, 512)
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # those that are tried
 FEW_EPOCHS = 30  # below it Adam wants larger rates
@@ -205,7 +209,7 @@ COMPILING = Compiling()
 
 
 class Slices:
-    """About a tenth of an epoch of first-order training, timed again and again while a fit runs.
+    """About a tenth of an epoch of first-order training, timed again and again while a fit runs; on a GPU, all of it.
 
     So both meet the same machine, which a grid of runs that takes a night does not.
     """
@@ -228,7 +232,7 @@ class Slices:
         x, y = self.problem.train
         epoch = -(-len(x) // batch_size)
         # Not fewer than 12 steps, unless they are a whole epoch: finetune does a little once an epoch, too.
-        examples = batch_size * min(epoch, max(SLICE_STEPS, epoch // 10))
+        examples = batch_size * (min(epoch, max(SLICE_STEPS, epoch // 10)) if ON_CPU else epoch)
         data = x[:examples], y[:examples]
         result = first_order(self.problem.network, data, None, optimizer, 1e-3, 1, 0, batch_size)
         self.seconds[f"{optimizer}-{batch_size}"].append(result.seconds / result.n_steps * epoch)
@@ -344,14 +348,16 @@ class Job(jobs.Job):
 
     def __init__(self, name: str, arguments: Arguments):
         super().__init__(name, METHODS, arguments)
-        self.plain_name = name
+        self.plain_name, self.known = name, {}
+        if not (ON_CPU or arguments.smoke):
+            self.known = records.read(records.RESULTS / self.experiment / f"{name}.json")["curves"]
         self.setting = SETTINGS[name].tiny() if arguments.smoke else SETTINGS[name]
         self.problem = PROBLEMS[name].tiny() if arguments.smoke else PROBLEMS[name]
 
     def measure(self, part: str) -> list[Row]:
         """All runs of a method."""
         if part in OPTIMIZERS:
-            return self._first_order(part)
+            return self._known(part) if self.known else self._first_order(part)
         if part == "gauss_newton_finetune":
             return self._fine_tuned()
         setting = self.setting
@@ -359,6 +365,11 @@ class Job(jobs.Job):
             runs = [self.kept(part, f"seed={seed}", paper, self.problem, setting, seed) for seed in setting.seeds]
             return [row for run in runs for row in run]
         return [self.kept(part, f"seed={seed}", fitted, self.problem, setting, part, seed) for seed in setting.seeds]
+
+    def _known(self, method: str) -> list[Row]:
+        """The runs in the record of CPUs, without what they took there."""
+        curve = {key: values for key, values in self.known[method].items() if key not in (*COSTS, "own_seconds")}
+        return [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
 
     def _first_order(self, method: str) -> list[Row]:
         """All runs: those that tune, on the first seed, and the winner of each budget on the others."""
@@ -406,8 +417,9 @@ class Job(jobs.Job):
         """A curve a method, of all its runs; the races."""
         per_epoch = seconds_per_epoch(parts["gauss_newton"])
         rows = Pricing(self.problem, per_epoch).rows(parts)
-        final = races.summary(rows, self.setting.budgets, (*OURS, "paper")) | {"seconds_per_epoch": per_epoch}
-        final |= {"status": {name: [part["status"] for part in parts[name]] for name in SOLVERS}}
+        rivals = [method for method in METHODS if method not in OPTIMIZERS]
+        final = races.summary(rows, self.setting.budgets, rivals) | {"seconds_per_epoch": per_epoch}
+        final |= {"status": {name: [part["status"] for part in parts[name]] for name in SOLVERS if name in parts}}
         return self.config(), {method: columns(rows[method]) for method in METHODS}, final
 
     def config(self) -> dict[str, Any]:
@@ -453,10 +465,14 @@ class Pricing:
 
     def rows(self, parts: dict[str, Any]) -> dict[str, list[Row]]:
         """By method."""
-        rows = {method: [row for fit in parts[method] for row in self._fitted(fit)] for method in SOLVERS}
-        rows["gauss_newton_finetune"] = [self._fine_tuned(row) for row in parts["gauss_newton_finetune"]]
-        rows["paper"] = [row | self._cost(row["sample_grads"], f"adam-{PAPER_BATCH}") for row in parts["paper"]]
-        return rows | {name: [self._first_order(row) for row in parts[name]] for name in OPTIMIZERS}
+        return {method: self._of(method, found) for method, found in parts.items()}
+
+    def _of(self, method: str, found: list[Row]) -> list[Row]:
+        if method in SOLVERS:
+            return [row for fit in found for row in self._fitted(fit)]
+        if method == "paper":
+            return [row | self._cost(row["sample_grads"], f"adam-{PAPER_BATCH}") for row in found]
+        return [(self._first_order if method in OPTIMIZERS else self._fine_tuned)(row) for row in found]
 
     def _cost(self, sample_grads: float, kind: str) -> Row:
         price = self.problem.price
@@ -464,10 +480,10 @@ class Pricing:
         return {"sample_grads": sample_grads, "seconds": seconds, "flops": price.of(sample_grads, seconds)["flops"]}
 
     def _first_order(self, row: Row) -> Row:
-        """At its whole budget, also where it diverged."""
+        """At its whole budget, also where it diverged; own_seconds None: not run on this device."""
         kind = f"{row['method']}-{row['batch_size']}"
         cost = self._cost(row["budget_epochs"] * self.problem.price.examples, kind)
-        return row | {"own_seconds": row["seconds"]} | cost
+        return row | {"own_seconds": row.get("seconds")} | cost
 
     def _fitted(self, fit: Row) -> list[Row]:
         """Where first-order training took longer beside this fit than beside the median one, so did the fit."""
@@ -496,12 +512,12 @@ def print_table(record: dict[str, Any]) -> None:
     for heading in headings:
         table.add_column(heading, justify="right")
     for epochs, target in final["targets"].items():
-        adam, ratios = target["adam"], [_ratios(target[name]) for name in OURS]
+        adam, ratios = target["adam"], [_ratios(target[name]) if name in target else "" for name in OURS]
         choice, accuracy = f"{adam['rate']:g}, {adam['batch_size']}", f"{adam['test_accuracy']:.2%}"
         spread = f"{adam['loss']:.4g} ({_range(adam['losses'])})"
         table.add_row(epochs, choice, spread, accuracy, *ratios, _beside_sgd(target["sgd"]))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    for name in OURS:
+    for name in final["break_even"].keys() & OURS:
         budgets = (f"{_number(epochs)} ({cost})" for cost, epochs in final["break_even"][name].items())
         print(f"{name} costs no more from this budget of Adam's on: {', '.join(budgets)}")
 

@@ -57,7 +57,7 @@ class Job(abc.ABC):
     def __init__(self, name: str, parts: Sequence[str], arguments: Options, suffix: str = ""):
         """`suffix`: of the folder in which parts are kept."""
         self.arguments, self.parts = arguments, parts
-        self.name = name + ("-smoke" if arguments.smoke else "")
+        self.name = records.named(name, arguments.smoke)
         self.folder = arguments.out / "parts" / (self.name + suffix)
 
     @abc.abstractmethod

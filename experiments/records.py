@@ -52,6 +52,12 @@ def exists(experiment: str, name: str, results: Path = RESULTS) -> bool:
     return _path(experiment, name, results).exists()
 
 
+def named(name: str, smoke: bool) -> str:
+    """What a record is called: those of accelerators lie beside those of CPUs, such as `mlp` and `mlp-gpu`."""
+    platform = jax.default_backend()
+    return name + ("" if platform == "cpu" else f"-{platform}") + ("-smoke" if smoke else "")
+
+
 def flops(fn: Callable, *args: Any) -> float:
     """Floating-point operations of the compiled program: loop bodies counted once, LAPACK not."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # on a GPU, convolutions are calls of unknown content

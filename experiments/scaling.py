@@ -4,7 +4,8 @@
     python -m experiments.scaling --only part=memmap  one part
 
 Each point is measured in a process of its own, so that its peak memory is its own; what is interrupted goes on with
-the first unfinished point. Memory is read from /proc, which is Linux's. The parts:
+the first unfinished point. Memory is read from /proc, which is Linux's; on a GPU it is the GPU's, all parts but memmap
+and devices are measured there, and records are called NAME-gpu. The parts:
 
     examples    memory and time a step for up to a million examples
     memmap      L-BFGS on a memory-mapped file: memory below the file's size
@@ -41,6 +42,7 @@ from experiments.runs import WHOLE, Arrays, columns, count, fit_whole
 from paper_figures import scaling as figure
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, curvature, linalg
 
+ON_CPU = jax.default_backend() == "cpu"
 CHUNK = 10_000  # examples made at once
 Point = dict[str, Any]  # arguments of a measurement
 Row = dict[str, Any]
@@ -63,7 +65,7 @@ def main(arguments: Arguments) -> None:
         print(json.dumps(PARTS[point.pop("part")].measure(**point)))
         return
     part = jobs.chosen(arguments.only, {"part": PARTS}).get("part")
-    parts = [Job(name, arguments) for name in PARTS if part in (None, name)]
+    parts = [Job(name, arguments) for name in PARTS if part in (None, name) and (ON_CPU or name not in OF_THE_HOST)]
     if arguments.list:
         for job in parts:
             job.show()
@@ -120,7 +122,13 @@ def seconds_per_step(result: FitResult) -> float:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far. (getrusage counts the parent before exec as well.)"""
+    """Bytes of this process: VmRSS now, VmHWM at most so far. (getrusage counts the parent before exec as well.)
+
+    On an accelerator those that arrays take there.
+    """
+    if not ON_CPU:
+        stats: Any = jax.local_devices()[0].memory_stats()
+        return stats[{"VmRSS": "bytes_in_use", "VmHWM": "peak_bytes_in_use"}[field]]
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
@@ -181,8 +189,7 @@ def measure_examples(solver: str, examples: int, steps: int, width: int, block_s
     """setup_seconds: checks, order and initialisation, before the first step."""
     x, y = Teacher((64,)).fill(examples)
     base, method = memory("VmRSS"), LBFGS(tolerance=0) if solver == "lbfgs" else GaussNewton(linear_solve="dense")
-    options = {"max_steps": steps, "block_size": block_size, "driver": "host"}
-    run = functools.partial(fit_whole, MLP((width,)), (x, y), method, **options)
+    run = functools.partial(fit_whole, MLP((width,)), (x, y), method, max_steps=steps, block_size=block_size)
     result, seconds = clocked(run)
     step = seconds_per_step(result)
     row = {"seconds_per_step": step, "microseconds_per_example": 1e6 * step / examples, "loss": result.loss}
@@ -283,9 +290,12 @@ MODELS = {
 
 
 def parameter_points(smoke: bool) -> list[Point]:
-    """At P = 20,000 with few rows only: a row a parameter takes a minute a step."""
+    """At P = 20,000 with few rows only: a row a parameter takes a CPU a minute a step. A GPU compiles for longer."""
     if smoke:
         return [{"model": "mlp14", "ratio": 0.2, "examples": 200, "rounds": 1}]
+    if not ON_CPU:
+        runs = (("mlp14", 0.5), ("cnn3k", 0.5), ("cnn10k", 0.5), ("cnn10k", 0.05), ("mlp265", 0.5), ("mlp265", 0.05))
+        return [{"model": name, "ratio": ratio, "examples": 4000, "rounds": 3} for name, ratio in runs]
     ratios = dict.fromkeys(MODELS, (1.1, 0.2, 0.05)) | {"mlp265": (0.05,)}
     rounds = dict.fromkeys(MODELS, 5) | {"cnn10k": 2, "mlp265": 1}
     runs = [{"model": name, "ratio": ratio} for name in MODELS for ratio in ratios[name]]
@@ -309,7 +319,7 @@ def measure_parameters(model: str, ratio: float, examples: int, rounds: int) -> 
     for _ in range(rounds):
         for name in names:
             looking = Looking(dataclasses.replace(solver, linear_solve=name), look)
-            seconds[name].append(seconds_per_step(fit_whole(network, data, looking, max_steps=3, driver="host")))
+            seconds[name].append(seconds_per_step(fit_whole(network, data, looking, max_steps=3)))
     row = {"model": model, "ratio": ratio, "examples": examples} | picked
     times = {name: statistics.median(values) for name, values in seconds.items()}
     return [{"series": f"{name}-{ratio}", "form": name, "seconds_per_step": times[name]} | row for name in names]
@@ -504,12 +514,15 @@ PARTS = {
 }
 
 
+OF_THE_HOST = {"memmap", "devices"}
+
+
 class Job:
     """One part: its points, and the record that they make together."""
 
     def __init__(self, name: str, arguments: Arguments):
         self.arguments, self.part, self.plain_name = arguments, PARTS[name], name
-        self.name = name + ("-smoke" if arguments.smoke else "")
+        self.name = records.named(name, arguments.smoke)
         self.points = self.part.points(arguments.smoke)
 
     @property
@@ -559,7 +572,8 @@ class Job:
 def in_own_process(point: Point) -> list[Row]:
     """The rows of a point, measured where nothing else has used memory; CPU devices where it wants several."""
     several = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    environment = os.environ | (several if "devices" in point else {})
+    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # else this process holds most of a GPU's memory
+    environment = os.environ | own | (several if "devices" in point else {})
     command = [sys.executable, "-m", "experiments.scaling", "--worker", json.dumps(point)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,5 +1,7 @@
 """Our solvers beside optax, jaxopt, optimistix, scipy and torch: the same losses, starts and float32, one by one.
 
+On a GPU all of them compute there, in float32 and not in its coarser TF32; records of it are called NAME-gpu.
+
     python -m experiments.solver_speed                                   everything, two hours on 2 cores
     python -m experiments.solver_speed --only problem=mlp                one problem
     python -m experiments.solver_speed --only problem=cnn,solver=scipy   one run
@@ -39,6 +41,7 @@ from subsetopt import LBFGS, GaussNewton, Progress
 
 OWN_LBFGS = LBFGS(memory=MEMORY, tolerance=0)  # takes all the steps it is given
 LONGER = 2  # ours runs on for this many times the steps, to show when it has a peer's last loss
+ON_CPU = jax.default_backend() == "cpu"
 SAME_LOSS = 1e-3  # a loss counts as reached within 0.1 %: on a plateau the last digits are rounding
 
 SETTINGS = {
@@ -65,10 +68,11 @@ def main(arguments: Arguments) -> None:
     """Run what has no result yet, then print and draw it."""
     picked = jobs.chosen(arguments.only, {"problem": SETTINGS, "solver": PARTS})
     problems = [Job(name, arguments) for name in SETTINGS if picked.get("problem") in (None, name)]
-    for record in jobs.run(problems, arguments, picked.get("solver")):
-        print_table(record)
-        for path in figure.draw([record], arguments.out):
-            print(f"figure: {path}")
+    with jax.default_matmul_precision("highest"):  # the default of GPUs is TF32, in which ours would race nobody
+        for record in jobs.run(problems, arguments, picked.get("solver")):
+            print_table(record)
+            for path in figure.draw([record], arguments.out):
+                print(f"figure: {path}")
 
 
 def probe() -> float:
@@ -151,9 +155,9 @@ def bare_gradient(problem: Problem, block_size: int) -> Callable[[Any], Any]:
 
 
 def fastest_block(problem: Problem) -> dict[str, Any]:
-    """Seconds of the bare gradient for each block size, the best of seven."""
-    seconds = {}
-    for size in problem.setting.blocks:
+    """Seconds of the bare gradient for each block size, the best of seven; accelerators want large ones."""
+    seconds, n = {}, len(problem.x)
+    for size in problem.setting.blocks if ON_CPU else (-(-n // 4), n):
         evaluate = bare_gradient(problem, size)
         seconds[size] = min(_seconds(evaluate, problem.params) for _ in range(8))
     return {"block_size": min(seconds, key=lambda size: seconds[size]), "bare_seconds": seconds}
@@ -210,9 +214,10 @@ class Job(jobs.Job):
         self.setting, self.seed = _tiny(SETTINGS[name]) if arguments.smoke else SETTINGS[name], arguments.seed
         self.seeds, self.rounds = (SEEDS[:1], 1) if arguments.smoke else (SEEDS, ROUNDS)
         squared = self.setting.loss == "squared_error"
-        # Inside a compiled loop XLA:CPU's convolutions are as slow for us as for the peers.
-        fits = {"levenberg_marquardt": squared, "compiled": name != "cnn"}
-        fits |= {"rounds": name != "cnn", "scale": name == "float32", "seeds": name == "float32"}
+        # Inside a compiled loop XLA:CPU's convolutions are as slow for us as for the peers. On a GPU it is our default.
+        quick = name != "cnn" or not ON_CPU
+        fits = {"levenberg_marquardt": squared, "compiled": quick and ON_CPU, "rounds": quick}
+        fits |= {"scale": name == "float32", "seeds": name == "float32" and ON_CPU}
         left_out = {part for part, it_fits in fits.items() if not it_fits}
         parts = [part for part in PARTS if part not in left_out and _installed(name, part)]
         super().__init__(name, parts, arguments, f"-seed{arguments.seed}")

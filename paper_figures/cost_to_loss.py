@@ -5,6 +5,7 @@ named by the budget at whose end Adam, its rate and batch size tuned for that bu
 differ from problem to problem.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,17 @@ Ratio = tuple[int, float, float, float]  # Adam's budget, then the ratio: median
 
 
 def draw(records: list[dict], out: Path) -> list[Path]:
-    """All problems in one figure, and the curves of each in its own, as PDF and PNG; the files written."""
-    drawn = [("cost_to_loss", lambda _: figure(records), {})] if records else []
-    return style.save_all(drawn + [(f"cost_to_loss-{problem(r)}", curves.figure, r) for r in records], out)
+    """All problems of a device in one figure, and the curves of each in its own, as PDF and PNG; the files written."""
+    suffixes = {record["name"].removeprefix(problem(record)) for record in records}
+    drawn = [(f"cost_to_loss{suffix}", partial(of_suffix, records, suffix), {}) for suffix in sorted(suffixes)]
+    return style.save_all(
+        drawn + [(f"cost_to_loss-{record['name']}", curves.figure, record) for record in records], out
+    )
+
+
+def of_suffix(records: list[dict], suffix: str, _: dict) -> Figure:
+    """The suffix of records' names tells their device."""
+    return figure([record for record in records if record["name"] == problem(record) + suffix])
 
 
 def figure(records: list[dict]) -> Figure:

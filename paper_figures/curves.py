@@ -41,6 +41,8 @@ def figure(record: dict) -> Figure:
 def draw_runs(axes: Axes, curves: dict, cost: str, result: str) -> None:
     """A line a seed; of fine-tuning, which has a run for each rate and budget, points alone."""
     for method, (name, color, marker) in RUNS.items():
+        if method not in curves:
+            continue
         curve = curves[method]
         rows = sorted(zip(curve["seed"], curve[cost], curve[result], strict=True), key=lambda row: row[:2])
         looks = {"color": color, "marker": marker, "alpha": 0.8, "linewidth": 0 if "rate" in curve else 1}

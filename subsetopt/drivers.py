@@ -45,6 +45,10 @@ class Host:
         """lax.cond; only one branch is touched."""
         return (true if bool(predicate) else false)(*operands)
 
+    def select(self, predicate: Any, true: Any, false: Any) -> Any:
+        """One of two trees."""
+        return true if bool(predicate) else false
+
     def while_loop(self, cond: Callable, body: Callable, carry: Any) -> Any:
         """lax.while_loop."""
         while bool(cond(carry)):
@@ -119,6 +123,10 @@ class Compiled:
     def cond(self, predicate: Any, true: Callable, false: Callable, *operands: Any) -> Any:
         """lax.cond; every predicate is the same on all devices, for it comes from reduced values."""
         return lax.cond(predicate, true, false, *operands)
+
+    def select(self, predicate: Any, true: Any, false: Any) -> Any:
+        """Element by element, where both trees are there anyway: a GPU waits for the predicate of a cond."""
+        return jax.tree.map(functools.partial(jnp.where, predicate), true, false)
 
     def while_loop(self, cond: Callable, body: Callable, carry: Any) -> Any:
         """lax.while_loop."""

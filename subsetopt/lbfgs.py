@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
     """The last m pairs, a ring: pair number k is in place k mod m, so that a compiled loop writes two rows a step.
 
     s, y: (m, P), by place; what is in the places of pairs that are not there is not in use.
-    count: pairs since the memory was cleared; its last m are there.
+    met: pairs since the memory was cleared; its last m are there.
     r (m, m): s_i.y_j for i <= j, oldest first, ones on the diagonal before the first pair; what is below it is not in
     use.
     curvature (P,): the diagonal of sum y y' / s.y over all pairs met, the older ones fading.
@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
 
     s: Array
     y: Array
-    count: Array
+    met: Array
     r: Array
     curvature: Array
     h0: Array
@@ -46,29 +46,29 @@ class Pairs(NamedTuple):
     def by_age(self, values: Array) -> Array:
         """A value for each place (m,), oldest pair first, zeros before the first one."""
         ages = jnp.arange(len(values), dtype=np.int32)
-        return jnp.where(ages >= len(values) - self.count, values[(ages + self.count) % len(values)], 0)
+        return jnp.where(ages >= len(values) - self.met, values[(ages + self.met) % len(values)], 0)
 
     def by_place(self, values: Array) -> Array:
         """The other way round."""
-        return values[(jnp.arange(len(values), dtype=np.int32) - self.count) % len(values)]
+        return values[(jnp.arange(len(values), dtype=np.int32) - self.met) % len(values)]
 
 
 class Line(NamedTuple):
     """A line search on its way: along `direction` from w0, of slope `slope0`; next comes w, at step length t.
 
-    remembers: whether the direction is that of the memory; goes_on: whether the search does; again: only once more,
-    without a memory.
+    remembers: whether the direction is that of the memory; keeps: whether the memory stays; goes_on: whether the search
+    does.
     """
 
     search: linesearch.Search
     direction: Array
     slope0: Array
     remembers: Array
+    keeps: Array
     t: Array
     w: Array
     trials: Array
     goes_on: Array
-    again: Array
 
 
 class Best(NamedTuple):
@@ -85,7 +85,6 @@ class Walk(NamedTuple):
 
     line: Line
     best: Best
-    pairs: Pairs
     evals: Any
 
 
@@ -102,25 +101,32 @@ def _quasi_newton(pairs: Pairs, grad: Array) -> Array:
 
 
 @jax.jit
-def _direction(pairs: Pairs, grad: Array) -> tuple[Array, Array, Array]:
-    """A descent direction, its slope, and whether it is that of the memory: else of length one against the gradient."""
-    norm = jnp.linalg.norm(grad)
+def _begin(pairs: Pairs, keeps: Array, w: Array, grad: Array, norm: Array, value: Array, goes_on: Array) -> Line:
+    """A search along the direction of the memory, unless it is that of another objective or does not descend."""
     direction = _quasi_newton(pairs, grad)
     slope = jnp.vdot(grad, direction)
-    descends = slope < 0  # never without pairs, which give zeros
-    return jnp.where(descends, direction, -grad / norm), jnp.where(descends, slope, -norm), descends
+    remembers = keeps & (slope < 0)  # never without pairs, which give zeros
+    direction, slope = jnp.where(remembers, direction, -grad / norm), jnp.where(remembers, slope, -norm)
+    return _line(w, value, direction, slope, remembers, keeps)._replace(goes_on=goes_on)
 
 
-@jax.jit
-def _begin(pairs: Pairs, w: Array, grad: Array, value: Array, goes_on: Array) -> Line:
-    direction, slope, remembers = _direction(pairs, grad)
-    none = jnp.zeros((), np.int32)
-    search = linesearch.begin(slope, value)
-    return Line(search, direction, slope, remembers, jnp.ones_like(value), w + direction, none, goes_on, none > 0)
+def _line(w: Array, value: Array, direction: Array, slope: Array, remembers: Array, keeps: Array) -> Line:
+    search, none = linesearch.begin(slope, value), jnp.zeros((), np.int32)
+    return Line(search, direction, slope, remembers, keeps, jnp.ones_like(value), w + direction, none, none == 0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _judge(max_trials: int, line: Line, w0: Array, grad: Array, difference: Array, best: Best) -> tuple[Line, Array]:
+def _judge(
+    max_trials: int,
+    line: Line,
+    best: Best,
+    w0: Array,
+    grad0: Array,
+    norm0: Array,
+    value0: Array,
+    grad: Array,
+    difference: Array,
+) -> tuple[Line, Array]:
     """The search after a trial with this gradient, and whether that is the best point so far."""
     scale = jnp.abs(line.slope0)
     point = linesearch.Point(line.t, difference / scale, jnp.vdot(grad, line.direction) / scale)
@@ -132,35 +138,34 @@ def _judge(max_trials: int, line: Line, w0: Array, grad: Array, difference: Arra
     goes_on = ~accepted & (trials < max_trials)
     search = linesearch.narrow(line.search, point)
     t = linesearch.propose(search)
+    after = line._replace(search=search, t=t, w=w0 + t * line.direction, trials=trials, goes_on=goes_on)
     # A memory that gives no improving step is thrown away once: steepest descent has the last word.
     again = ~goes_on & ~better & ~best.found & line.remembers
-    after = line._replace(search=search, t=t, w=w0 + t * line.direction, trials=trials)
-    return after._replace(goes_on=goes_on, again=again), better
-
-
-def _cleared(pairs: Pairs) -> Pairs:
-    """No pairs; what is in their places is not touched."""
-    return pairs._replace(
-        count=jnp.zeros_like(pairs.count),
-        r=jnp.eye(len(pairs.r), dtype=pairs.r.dtype),
-        curvature=jnp.zeros_like(pairs.curvature),
-        h0=jnp.zeros_like(pairs.h0),
-    )
+    steepest = _line(w0, value0, -grad0 / norm0, -norm0, again & False, again & False)
+    return jax.tree.map(partial(jnp.where, again), steepest, after), better
 
 
 @jax.jit
-def _remember(pairs: Pairs, w: Array, w0: Array, grad: Array, grad0: Array, threshold: Array) -> Pairs:
-    """The pairs with one more in place of the oldest; unless the new one's s.y is not clearly positive."""
+def _remember(pairs: Pairs, keeps: Array, w: Array, w0: Array, grad: Array, grad0: Array, threshold: Array) -> Pairs:
+    """The pairs, if any of them are kept, with one more in place of the oldest: if its s.y is clearly positive."""
+    pairs = _kept(pairs, keeps)
     s, y = w - w0, grad - grad0
     sy = jnp.vdot(s, y)
     good = sy > threshold * jnp.linalg.norm(s) * jnp.linalg.norm(y)
-    place = pairs.count % len(pairs.s)
+    place = pairs.met % len(pairs.s)
     ss, ys = (old.at[place].set(jnp.where(good, new, old[place])) for old, new in ((pairs.s, s), (pairs.y, y)))
-    pushed = pairs._replace(s=ss, y=ys, count=pairs.count + 1)
+    pushed = pairs._replace(s=ss, y=ys, met=pairs.met + 1)
     curvature = _KEEP * pairs.curvature + y * y / sy
     r = jnp.pad(pairs.r[1:, 1:], (0, 1)).at[:, -1].set(pushed.by_age(ss @ y))
     pushed = pushed._replace(r=r, curvature=curvature, h0=_h0(curvature, y, sy))
     return jax.tree.map(partial(jnp.where, good), pushed, pairs._replace(s=ss, y=ys))
+
+
+def _kept(pairs: Pairs, keeps: Array) -> Pairs:
+    """The pairs, or none: what is in their places is not touched."""
+    r = jnp.where(keeps, pairs.r, jnp.eye(len(pairs.r), dtype=pairs.r.dtype))
+    met, curvature, h0 = (jnp.where(keeps, a, 0) for a in (pairs.met, pairs.curvature, pairs.h0))
+    return pairs._replace(met=met, r=r, curvature=curvature, h0=h0)
 
 
 def _h0(curvature: Array, y: Array, sy: Array) -> Array:
@@ -173,8 +178,9 @@ def _h0(curvature: Array, y: Array, sy: Array) -> Array:
     return shape * sy / jnp.vdot(y, shape * y)
 
 
-def _stalled(state: State) -> State:
-    return state.replace(status=jnp.full_like(state.status, Status.STALLED))
+@jax.jit
+def _unless_stalled(status: Array, found: Array, runs: Array) -> Array:
+    return jnp.where(found | ~runs, status, jnp.full_like(status, Status.STALLED))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +218,9 @@ class LBFGS:
 
     def step(self, problem: Problem, state: State) -> State:
         """One quasi-Newton step: direction, line search, memory."""
-        # Another subset is another objective.
-        memory = problem.driver.cond(state.known, lambda memory: memory, _cleared, state.memory)
-        state, runs = ended(problem, evaluated(problem, state).replace(memory=memory), self._tolerance(problem.dtype))
-        return self._search(problem, state, runs)
+        keeps = state.known  # another subset is another objective
+        state, runs = ended(problem, evaluated(problem, state), self._tolerance(problem.dtype))
+        return self._search(problem, state, keeps, runs)
 
     def _tolerance(self, dtype: np.dtype) -> float:
         default = 1e-4 if dtype == np.float32 else 1e-7
@@ -226,36 +231,24 @@ class LBFGS:
         none_yet = jnp.zeros((), np.int32)
         return Pairs(none, none, none_yet, jnp.eye(self.memory, dtype=w.dtype), jnp.zeros_like(w), jnp.zeros_like(w))
 
-    def _search(self, problem: Problem, state: State, runs: Array) -> State:
-        """The state after a line search, without a trial unless it runs; STALLED where no trial lowers the loss.
-
-        The pairs pass no `cond` that changes them: a compiled loop would copy them there.
-        """
-        before = state.evaluation
-        line = _begin(state.memory, state.w, before.grad, before.value, runs)
-        start = Walk(
-            line, Best(state.w, before, jnp.zeros_like(before.value), line.again), state.memory, 0 * line.trials
-        )
+    def _search(self, problem: Problem, state: State, keeps: Array, runs: Array) -> State:
+        """The state after a line search, without a trial unless it runs; STALLED where no trial lowers the loss."""
+        w, before = state.w, state.evaluation
+        line = _begin(state.memory, keeps, w, before.grad, before.norm, before.value, runs)
+        start = Walk(line, Best(w, before, problem.real(0.0), np.False_), np.int32(0))
         walk = problem.driver.while_loop(lambda walk: walk.line.goes_on, partial(self._trial, problem, state), start)
         state = charged(state, GRADIENT, walk.evals * problem.count, walk.evals)
         best, threshold = walk.best, problem.real(self.pair_threshold)
-        memory = _remember(walk.pairs, best.w, state.w, best.evaluation.grad, before.grad, threshold)
+        memory = _remember(state.memory, walk.line.keeps, best.w, w, best.evaluation.grad, before.grad, threshold)
         state = moved(state, best.w, best.evaluation).replace(memory=memory)
-        return problem.driver.cond(best.found | ~runs, lambda state: state, _stalled, state)
+        return state.replace(status=_unless_stalled(state.status, best.found, runs))
 
     def _trial(self, problem: Problem, state: State, walk: Walk) -> Walk:
         """One evaluation, and what follows from it."""
         w, before = walk.line.w, state.evaluation
         trial = problem.evaluate(w)
         difference = problem.difference(w, state.w, trial.losses, before.losses, problem.weights)
-        line, better = _judge(self.max_trials, walk.line, state.w, trial.grad, difference, walk.best)
-        best = problem.driver.cond(
-            better, lambda best: Best(w, trial, difference, better), lambda best: best, walk.best
-        )
-        walk = Walk(line, best, walk.pairs, walk.evals + 1)
-
-        def anew(walk: Walk) -> Walk:
-            pairs = _cleared(walk.pairs)
-            return walk._replace(line=_begin(pairs, state.w, before.grad, before.value, np.True_), pairs=pairs)
-
-        return problem.driver.cond(line.again, anew, lambda walk: walk, walk)
+        start = state.w, before.grad, before.norm, before.value
+        line, better = _judge(self.max_trials, walk.line, walk.best, *start, trial.grad, difference)
+        best = problem.driver.select(better, Best(w, trial, difference, better), walk.best)
+        return Walk(line, best, walk.evals + 1)
