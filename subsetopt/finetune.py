@@ -5,19 +5,20 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 
 from subsetopt import checks
 from subsetopt.checkpoint import Checkpoint
+from subsetopt.drivers import Compiled
 from subsetopt.model import Params, mask_tree
-from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, held_out, make_problem
+from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, held_out, make_problem, placed
 from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Status
 from subsetopt.timing import Stopwatch
@@ -84,6 +85,7 @@ def finetune(
     trainable: Any = None,
     validation: tuple[Any, Any] | None = None,
     patience: int | None = None,
+    driver: str = "auto",
     callback: Callable[[Progress], Any] | None = None,
     progress: bool = True,
     checkpoint: Any = None,
@@ -98,6 +100,8 @@ def finetune(
         epochs: passes over the data. The last mini-batch of an epoch may be smaller than `batch_size`.
         validation: (x, y) whose loss is measured after each epoch; the best parameters are kept.
         patience: epochs without a new best validation loss after which to stop; None: never.
+        driver: "host": a program a mini-batch, also from data larger than the device; "compiled": one an epoch, data on
+            the device; "auto": compiled on accelerators that hold the data, host elsewhere.
         callback: called with a `Progress` after each epoch; return True to stop.
         progress: show a progress bar (plain lines in a log).
         checkpoint: folder to save to and to resume from.
@@ -111,11 +115,12 @@ def finetune(
     checks.folder("checkpoint", checkpoint)
     epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # JSON knows no NumPy numbers
     checks.function("callback", callback)
+    checks.choice("driver", driver, ("auto", "host", "compiled"))
     problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
     checks.patience(patience, validation)
     watched = None if validation is None else held_out(problem, validation, loss, w)
     optimizer = checks.optimizer(optimizer) or optax.adam(1e-3)
-    run = _Run(problem, w, optimizer, trainable, batch_size, seed, watched)
+    run = _Run(problem, placed(problem, driver), w, optimizer, trainable, batch_size, seed, watched)
     plan = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "examples": problem.examples}
     saver = Checkpoint(checkpoint, plan | {"parameters": problem.parameters})
     run.resume(saver)
@@ -127,10 +132,12 @@ def finetune(
 class _Run:
     """One fine-tuning run: what changes from epoch to epoch, and the loop over epochs."""
 
-    def __init__(self, problem, w, optimizer, trainable, batch_size, seed, held_out):
-        self.problem, self.optimizer, self.batch_size, self.seed = (problem, optimizer, batch_size, seed)
+    def __init__(self, host, problem, w, optimizer, trainable, batch_size, seed, held_out):
+        # The same problem twice: for losses, and for the steps, which the first device takes.
+        self.problem, self.stepped = host, problem.driver.devices.here(problem)
+        self.optimizer, self.batch_size, self.seed = (optimizer, batch_size, seed)
         self.held_out, self.status, self.epoch, self.steps, self.cost = (held_out, Status.RUNNING, 0, 0, 0.0)
-        params = problem.objective.model.unflatten(w, problem.constants)
+        params = host.objective.model.unflatten(w, host.constants)
         self.mask = None if trainable is None else mask_tree(params, trainable)
         self.params, self.opt_state = params, optimizer.init(params)
         self.best, self.best_loss, self.best_epoch = params, math.inf, 0
@@ -158,13 +165,11 @@ class _Run:
         saver.save(self.tree(), self.content(), now=True)
 
     def one_epoch(self) -> Progress:
-        params, opt_state, losses = self.params, self.opt_state, []
-        for indices in minibatches(self.problem.examples, self.batch_size, self.seed, self.epoch):
-            params, opt_state, mean, _ = descend(
-                self.problem, self.optimizer, params, opt_state, self.mask, indices, self.batch_size
-            )
-            losses.append(mean * len(indices))
-        loss = float(np.sum(jax.device_get(losses))) / self.problem.examples
+        batches = list(minibatches(self.problem.examples, self.batch_size, self.seed, self.epoch))
+        (params, opt_state), means, _ = descend(
+            self.stepped, self.optimizer, (self.params, self.opt_state), self.mask, batches, self.batch_size
+        )
+        loss = float(np.dot(means, [len(batch) for batch in batches])) / self.problem.examples
         w = _flatten(self.problem, params)
         if not (math.isfinite(loss) and bool(jnp.all(jnp.isfinite(w)))):
             self.status = Status.NONFINITE  # the parameters before this epoch stay
@@ -172,7 +177,7 @@ class _Run:
             w = _flatten(self.problem, params)
         validation_loss = None if self.held_out is None else _mean_loss(self.held_out, w)
         # All at once, so that an interrupted epoch leaves nothing behind.
-        self.params, self.opt_state, self.steps = params, opt_state, self.steps + len(losses)
+        self.params, self.opt_state, self.steps = params, opt_state, self.steps + len(batches)
         self.epoch, self.cost = self.epoch + 1, self.cost + GRADIENT * self.problem.examples
         self._keep_best(validation_loss)
         return self._record(loss, validation_loss)
@@ -233,38 +238,63 @@ def minibatches(examples: int, batch_size: int, seed: int, epoch: int) -> Iterat
 def descend(
     problem: Problem,
     optimizer: optax.GradientTransformation,
-    params: Params,
-    opt_state: Any,
+    at: tuple[Params, Any],
     mask: Params | None,
-    indices: np.ndarray,
+    batches: Sequence[np.ndarray],
     batch_size: int,
-) -> tuple[Params, Any, Array, Array]:
-    """One optimizer step on the examples `indices`, filled up to batch_size with copies of weight zero.
+) -> tuple[tuple[Params, Any], np.ndarray, np.ndarray]:
+    """Optimizer steps from `at`, params and opt_state, on mini-batches of examples, whose data one device holds.
 
-    Also their mean loss before it, and their slopes (batch_size,).
+    Also each one's mean loss before its step (steps,), and the slopes of its examples (steps, batch_size).
     """
-    rows = np.resize(indices, batch_size)
-    weights = (np.arange(batch_size) < len(indices)).astype(problem.dtype) / len(indices)
-    block = (problem.x[rows], problem.y[rows], weights.astype(problem.dtype))
-    return _descend(problem.objective, optimizer, params, opt_state, mask, problem.constants["state"], block)
+    static, shared = (problem.objective, optimizer), (mask, problem.constants["state"])
+    rows, weights = _filled(batches, batch_size, problem.dtype)
+    if isinstance(problem.driver, Compiled):
+        at, told = _steps(static, shared, at, (problem.x, problem.y), (rows, weights))
+        return at, *jax.device_get(told)
+    each = []
+    for row, weight in zip(rows, weights, strict=True):
+        at, told = _step(static, shared, at, (problem.x[row], problem.y[row], weight))
+        each.append(told)
+    losses, slopes = zip(*jax.device_get(each), strict=True)  # read only now: no step waits for them
+    return at, np.stack(losses), np.stack(slopes)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _descend(objective: Objective, optimizer: Any, params: Params, opt_state: Any, mask: Any, state: Any, block: Any):
-    x, y, weights = block
+def _filled(batches: Sequence[np.ndarray], batch_size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and weights (steps, batch_size): a smaller batch is filled up with copies of weight zero."""
+    rows = np.stack([np.resize(batch, batch_size) for batch in batches])
+    sizes = np.array([[len(batch)] for batch in batches])
+    return rows, ((np.arange(batch_size) < sizes) / sizes).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _steps(static: Any, shared: Any, at: Any, data: tuple[Array, Array], batches: tuple[Array, Array]) -> Any:
+    """As many steps as there are batches, in one program."""
+    x, y = data
+
+    def step(at: Any, batch: tuple[Array, Array]) -> Any:
+        rows, weights = batch
+        return _step(static, shared, at, (x[rows], y[rows], weights))
+
+    return lax.scan(step, at, batches)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(static: tuple[Objective, Any], shared: tuple[Any, Any], at: tuple[Params, Any], block: Any) -> Any:
+    (objective, optimizer), (mask, state), (params, opt_state), (x, y, weights) = static, shared, at, block
 
     def mean(params: Params) -> tuple[Array, Array]:
         outputs = objective.model.apply(params, state, x)
         return jnp.sum(weights * objective.loss.values(outputs, y)), objective.loss.slope(outputs, y)
 
-    (loss, slopes), grads = jax.value_and_grad(mean, has_aux=True)(params)
+    told, grads = jax.value_and_grad(mean, has_aux=True)(params)
     if mask is not None:
         grads = jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, mask)
     with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers, which strict promotion forbids
         updates, opt_state = optimizer.update(grads, opt_state, params)
     if mask is not None:
         updates = jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, mask)
-    return optax.apply_updates(params, updates), opt_state, loss, slopes
+    return (optax.apply_updates(params, updates), opt_state), told
 
 
 def _flatten(problem: Problem, params: Params) -> Array:
@@ -279,7 +309,7 @@ def _mean_loss(problem: Problem, w: Array) -> float:
 def warm_up(
     problem: Problem, w: Array, mask: Params | None, epochs: float, seed: int
 ) -> tuple[Array, float, np.ndarray]:
-    """Adam on mini-batches of the problem's subset, cosine decay to zero.
+    """Adam on mini-batches of the problem's subset, whose data one device holds; cosine decay to zero.
 
     Returns the new w (P,), the sample_grads spent, and the slopes (N,) that each example showed when it was last met,
     NaN where it never was. A first-order start: far from a minimum a Gauss-Newton model is not worth its price
@@ -291,17 +321,15 @@ def warm_up(
     steps = max(1, round(epochs * per_epoch))
     optimizer = _warm_up_optimizer(steps, problem.parameters)
     params = problem.objective.model.unflatten(w, problem.constants)
-    opt_state, cost, met = optimizer.init(params), 0.0, []
-    batches = (b for epoch in itertools.count() for b in minibatches(examples, batch_size, seed, epoch))
-    for indices in itertools.islice(batches, steps):
-        batch = problem.subset[indices]
-        params, opt_state, _, slope = descend(problem, optimizer, params, opt_state, mask, batch, batch_size)
-        cost += GRADIENT * len(batch)
-        met.append((batch, slope))
-    slopes = np.full(problem.examples, np.nan, problem.dtype)
-    for batch, slope in met:  # read only now: no step waits for them
-        slopes[batch] = np.asarray(slope)[: len(batch)]
-    return _flatten(problem, params), cost, slopes
+    at, cost, slopes = (params, optimizer.init(params)), 0.0, np.full(problem.examples, np.nan, problem.dtype)
+    for epoch in range(-(-steps // per_epoch)):
+        order = itertools.islice(minibatches(examples, batch_size, seed, epoch), steps - epoch * per_epoch)
+        batches = [problem.subset[indices] for indices in order]
+        at, _, met = descend(problem, optimizer, at, mask, batches, batch_size)
+        for batch, slope in zip(batches, met, strict=True):
+            slopes[batch] = slope[: len(batch)]
+            cost += GRADIENT * len(batch)
+    return _flatten(problem, at[0]), cost, slopes
 
 
 @functools.lru_cache(maxsize=64)  # the same optimizer object, so that the same fit compiles its step once

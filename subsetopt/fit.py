@@ -190,7 +190,7 @@ class _Fit:
     """One fit: the stages, where it stands, and what it has cost."""
 
     def __init__(self, host, problem, solver, growth, until, max_steps, target_loss, seed):
-        # The same problem twice: for what is done from Python (warm-up, probe), and for the solver's driver.
+        # The same problem twice: for what is done from Python (probe, result), and for the driver.
         self.host, self.problem = host, problem
         self.solver, self.growth, self.until = solver, growth, until
         self.max_steps, self.target_loss, self.seed = max_steps, target_loss, seed
@@ -232,8 +232,8 @@ class _Fit:
         resumed = self._resume(saver)
         try:
             if warmup_epochs and not resumed:
-                pool = self.host.on(self.pool if self.probe is not None else self.order)
-                w, cost, self.slopes = warm_up(pool, w, mask, warmup_epochs, self.seed)
+                pool = self.problem.on(self.pool if self.probe is not None else self.order)
+                w, cost, self.slopes = warm_up(self._here(pool), w, mask, warmup_epochs, self.seed)
                 self.state = self.state.replace(w=w, cost=cost)
             self._enter_stage(resumed)
             while self.status == Status.RUNNING:

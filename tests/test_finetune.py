@@ -8,9 +8,15 @@ import optax
 import pytest
 
 from subsetopt import Status, finetune
+from subsetopt.timing import compiled_programs
 from tests.test_fit import Net, assert_same_params, data, leaves  # noqa: F401
 
 QUIET: dict[str, Any] = {"progress": False}
+DRIVERS = ["host", "compiled"]
+
+
+def network(params: Any, x: jax.Array) -> Any:
+    return Net().apply({"params": params}, x)
 
 
 @pytest.fixture
@@ -72,6 +78,54 @@ def test_frozen_parameters_do_not_move(data, params):  # noqa: F811
     assert all((a != b).any() for a, b in zip(leaves(result.params["Dense_1"]), leaves(params["Dense_1"]), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_both_drivers_take_the_same_steps(data, params, dtype):  # noqa: F811
+    """With a mask, a last batch that is smaller, and validation data."""
+    with jax.enable_x64(dtype == np.float64):
+        x, start = data[0].astype(dtype), jax.tree.map(lambda p: np.asarray(p, dtype), params)
+        kept = np.random.default_rng(0).random((5, 6)) < 0.7
+        trainable = {"Dense_0": {"kernel": kept, "bias": False}, "Dense_1": {"kernel": True, "bias": True}}
+        options: dict[str, Any] = {"epochs": 3, "batch_size": 64, "trainable": trainable, **QUIET}
+        options |= {"optimizer": optax.adamw(1e-2), "validation": (x[:50], data[1][:50])}
+        host, compiled = (finetune(network, (x, data[1]), start, driver=driver, **options) for driver in DRIVERS)
+    tolerance = 100 * float(np.finfo(dtype).eps)
+    assert_same_params(host.params, compiled.params, rtol=tolerance, atol=tolerance)
+    assert_same_params(compiled.params["Dense_0"]["bias"], params["Dense_0"]["bias"], rtol=0)
+    assert (host.status, host.n_steps, host.sample_grads) == (compiled.status, compiled.n_steps, compiled.sample_grads)
+    for column in host.history.keys() - {"seconds"}:
+        assert host.history[column] == pytest.approx(compiled.history[column], rel=tolerance)
+
+
+def test_equal_compiled_runs_compile_once(data, params):  # noqa: F811
+    optimizer = optax.adam(1e-2)
+
+    def run(seed: int) -> None:
+        finetune(Net(), data, params, optimizer=optimizer, epochs=2, seed=seed, driver="compiled", **QUIET)
+
+    run(0)
+    before = compiled_programs()
+    run(1)
+    assert compiled_programs() == before
+
+
+@pytest.mark.parametrize("wanted", [optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9), optax.adafactor(1e-2)])
+def test_compiled_epochs_carry_any_state_of_an_optimizer(data, params, wanted):  # noqa: F811
+    options: dict[str, Any] = {"optimizer": optax.MultiSteps(wanted, 2), "epochs": 2, **QUIET}
+    host, compiled = (finetune(Net(), data, params, driver=driver, **options) for driver in DRIVERS)
+    assert_same_params(host.params, compiled.params, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "second"), [DRIVERS, DRIVERS[::-1]])
+def test_run_of_one_driver_is_resumed_by_the_other(tmp_path, data, params, first, second):  # noqa: F811
+    options: dict[str, Any] = {"optimizer": optax.adam(1e-2), "epochs": 4, **QUIET}
+    whole = finetune(Net(), data, params, **options)
+    finetune(Net(), data, params, driver=first, checkpoint=tmp_path, callback=lambda p: p.step == 6, **options)
+    resumed = finetune(Net(), data, params, driver=second, checkpoint=tmp_path, **options)
+    assert (resumed.epochs, resumed.n_steps, resumed.sample_grads) == (4, 12, whole.sample_grads)
+    assert resumed.history["loss"] == pytest.approx(whole.history["loss"], rel=1e-5)
+    assert_same_params(whole.params, resumed.params, rtol=1e-4, atol=1e-5)
+
+
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, data, params):  # noqa: F811
     options = {"optimizer": optax.adam(1e-2), "epochs": 6, "validation": data, **QUIET}
     whole = finetune(Net(), data, params, **options)
@@ -83,16 +137,18 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, data, params):  # noq
     assert resumed.sample_grads == whole.sample_grads
 
 
-def test_keyboard_interrupt_keeps_the_finished_epochs(data, params):  # noqa: F811
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_keyboard_interrupt_keeps_the_finished_epochs(data, params, driver):  # noqa: F811
     def interrupt(progress):
         if progress.step >= 6:
             raise KeyboardInterrupt
 
-    result = finetune(Net(), data, params, epochs=9, callback=interrupt, **QUIET)
+    result = finetune(Net(), data, params, epochs=9, callback=interrupt, driver=driver, **QUIET)
     assert (result.status, result.epochs) == (Status.STOPPED, 2)
 
 
-def test_diverging_run_keeps_the_last_finite_parameters(data, params):  # noqa: F811
-    result = finetune(Net(), data, params, optimizer=optax.sgd(3e38), epochs=5, **QUIET)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_diverging_run_keeps_the_last_finite_parameters(data, params, driver):  # noqa: F811
+    result = finetune(Net(), data, params, optimizer=optax.sgd(3e38), epochs=5, driver=driver, **QUIET)
     assert result.status == Status.NONFINITE
     assert all(np.isfinite(leaf).all() for leaf in leaves(result.params))

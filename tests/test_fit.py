@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, fit_subset
+from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, fit, fit_subset
+from subsetopt.finetune import warm_up
 from subsetopt.timing import compiled_programs
 
 SOLVERS = [GaussNewton(), GaussNewton(linear_solve="cg"), LBFGS()]
@@ -247,6 +248,24 @@ def test_first_epoch_of_adam_suits_a_network_of_many_parameters(seed):
     whole: dict[str, Any] = {"solver": LBFGS(), "growth": Growth(1e9), "max_steps": 1}
     result = fit_subset(Deep(), examples, seed=seed, progress=False, **whole)
     assert result.loss < 0.4  # at a rate of 2e-2, which is right for a thousand parameters, 0.60, 1.01 and 0.83
+
+
+def test_both_drivers_start_from_the_same_warm_up(monkeypatch, data):
+    """All examples but the probe's, one and a half times, in batches of which the last is smaller."""
+    started = {}
+
+    def watched(problem, *arguments):
+        started[problem.driver.name] = warm_up(problem, *arguments)
+        return started[problem.driver.name]
+
+    monkeypatch.setattr(fit, "warm_up", watched)
+    for driver in ("host", "compiled"):
+        fit_subset(Net(), data, solver=LBFGS(), driver=driver, warmup_epochs=1.5, max_steps=1, progress=False)
+    (w, cost, slopes), (compiled_w, compiled_cost, compiled_slopes) = started["host"], started["compiled"]
+    np.testing.assert_allclose(compiled_w, w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(compiled_slopes, slopes, rtol=1e-4, atol=1e-5)
+    assert compiled_cost == cost == 270 + 5 * 32
+    assert np.isnan(slopes).sum() == 30
 
 
 def test_max_steps_ends_the_fit_wherever_it_is(data):

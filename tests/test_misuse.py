@@ -213,6 +213,7 @@ SHARED: Mistakes = {
     "a key as seed": ({"seed": jax.random.key(0)}, "seed", "key", "seed=0"),
     "a seed of 64 bits": ({"seed": 2**63}, "seed", str(2**63), "seed="),
     "text as callback": ({"callback": "print"}, "callback", "'print'", "lambda progress"),
+    "an unknown driver": ({"driver": "gpu"}, "driver", "'gpu'", "pick one"),
     "True as checkpoint": ({"checkpoint": True}, "checkpoint", "True", "folder"),
 }
 
@@ -231,7 +232,6 @@ FIT: Mistakes = {
     "until half a step": ({"until": 0.5}, "until", "0.5", "until=1"),
     "until True": ({"until": True}, "until", "True", "until=1"),
     "no steps": ({"max_steps": 0}, "max_steps", "0", "max_steps=1"),
-    "an unknown driver": ({"driver": "gpu"}, "driver", "'gpu'", "pick one"),
     "steps as a float": ({"max_steps": 1e3}, "max_steps", "1000.0", "max_steps=1"),
     "warm-up below zero": ({"warmup_epochs": -1}, "warmup_epochs", "-1", "warmup_epochs=0"),
     "endless warm-up": ({"warmup_epochs": np.inf}, "warmup_epochs", "inf", "warmup_epochs=0"),
