@@ -125,10 +125,11 @@ class Devices:
 
     def share(self, tree: Any) -> Any:
         """What every block needs, on this process's devices."""
-        return tree if self.count == 1 else self._local(tree, None)
+        return tree if self.count == 1 else self._local(tree)
 
-    def _local(self, tree: Any, axis: str | None) -> Any:
-        return jax.device_put(tree, NamedSharding(Mesh(np.array(self.local), (AXIS,)), PartitionSpec(axis)))
+    def _local(self, tree: Any, *axes: str) -> Any:
+        """Split along the first dimension where an axis is given, else all of it on each device."""
+        return jax.device_put(tree, NamedSharding(Mesh(np.array(self.local), (AXIS,)), PartitionSpec(*axes)))
 
     def run(self, kernel: Kernel, static: Any, sums: Any, shared: Any, block: Any) -> tuple[Any, Any]:
         """This process's part of one block: arrays whose rows are split evenly over the local devices."""

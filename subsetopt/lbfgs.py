@@ -107,19 +107,24 @@ def _begin(pairs: Pairs, keeps: Array, w: Array, grad: Array, norm: Array, value
     slope = jnp.vdot(grad, direction)
     remembers = keeps & (slope < 0)  # never without pairs, which give zeros
     direction, slope = jnp.where(remembers, direction, -grad / norm), jnp.where(remembers, slope, -norm)
-    return _line(w, value, direction, slope, remembers, keeps)._replace(goes_on=goes_on)
+    return _line(w, value, direction, slope, remembers, keeps, goes_on)
 
 
-def _line(w: Array, value: Array, direction: Array, slope: Array, remembers: Array, keeps: Array) -> Line:
+def _line(
+    w: Array, value: Array, direction: Array, slope: Array, remembers: Array, keeps: Array, goes_on: Array | bool
+) -> Line:
     search, none = linesearch.begin(slope, value), jnp.zeros((), np.int32)
-    return Line(search, direction, slope, remembers, keeps, jnp.ones_like(value), w + direction, none, none == 0)
+    # `goes_on` of Python's kind would have all compiled once more.
+    flags = remembers, jnp.asarray(keeps, bool), goes_on & (none == 0)
+    return Line(search, direction, slope, *flags[:2], jnp.ones_like(value), w + direction, none, flags[2])
 
 
 @partial(jax.jit, static_argnums=0)
 def _judge(
     max_trials: int,
     line: Line,
-    best: Best,
+    lowest: Array,
+    found: Array,
     w0: Array,
     grad0: Array,
     norm0: Array,
@@ -127,21 +132,24 @@ def _judge(
     grad: Array,
     difference: Array,
 ) -> tuple[Line, Array]:
-    """The search after a trial with this gradient, and whether that is the best point so far."""
+    """The search after a trial with this gradient and difference, and whether that is the best point so far.
+
+    lowest, found: difference of the best point before, and whether there is one.
+    """
     scale = jnp.abs(line.slope0)
     point = linesearch.Point(line.t, difference / scale, jnp.vdot(grad, line.direction) / scale)
     accepted = linesearch.accepts(line.search, point)
     # Near the end of precision the gradient still falls where rounding hides the loss's fall: there the approximate
     # conditions decide, and an accepted point may lie above the start by their allowance.
-    better = jnp.isfinite(point.slope) & (difference < best.difference) | (accepted & ~best.found)
+    better = jnp.isfinite(point.slope) & (difference < lowest) | (accepted & ~found)
     trials = line.trials + 1
     goes_on = ~accepted & (trials < max_trials)
     search = linesearch.narrow(line.search, point)
     t = linesearch.propose(search)
     after = line._replace(search=search, t=t, w=w0 + t * line.direction, trials=trials, goes_on=goes_on)
     # A memory that gives no improving step is thrown away once: steepest descent has the last word.
-    again = ~goes_on & ~better & ~best.found & line.remembers
-    steepest = _line(w0, value0, -grad0 / norm0, -norm0, again & False, again & False)
+    again = ~goes_on & ~better & ~found & line.remembers
+    steepest = _line(w0, value0, -grad0 / norm0, -norm0, again & False, again & False, True)
     return jax.tree.map(partial(jnp.where, again), steepest, after), better
 
 
@@ -248,7 +256,8 @@ class LBFGS:
         w, before = walk.line.w, state.evaluation
         trial = problem.evaluate(w)
         difference = problem.difference(w, state.w, trial.losses, before.losses, problem.weights)
+        best = walk.best.difference, walk.best.found
         start = state.w, before.grad, before.norm, before.value
-        line, better = _judge(self.max_trials, walk.line, walk.best, *start, trial.grad, difference)
+        line, better = _judge(self.max_trials, walk.line, *best, *start, trial.grad, difference)
         best = problem.driver.select(better, Best(w, trial, difference, better), walk.best)
         return Walk(line, best, walk.evals + 1)
