@@ -65,10 +65,10 @@ class Line(NamedTuple):
     slope0: Array
     remembers: Array
     keeps: Array
+    goes_on: Array
     t: Array
     w: Array
     trials: Array
-    goes_on: Array
 
 
 class Best(NamedTuple):
@@ -110,13 +110,10 @@ def _begin(pairs: Pairs, keeps: Array, w: Array, grad: Array, norm: Array, value
     return _line(w, value, direction, slope, remembers, keeps, goes_on)
 
 
-def _line(
-    w: Array, value: Array, direction: Array, slope: Array, remembers: Array, keeps: Array, goes_on: Array | bool
-) -> Line:
+def _line(w: Array, value: Array, direction: Array, slope: Array, *flags: Array | bool) -> Line:
     search, none = linesearch.begin(slope, value), jnp.zeros((), np.int32)
-    # `goes_on` of Python's kind would have all compiled once more.
-    flags = remembers, jnp.asarray(keeps, bool), goes_on & (none == 0)
-    return Line(search, direction, slope, *flags[:2], jnp.ones_like(value), w + direction, none, flags[2])
+    typed = (jnp.asarray(flag, bool) for flag in flags)  # Python's would have all compiled once more
+    return Line(search, direction, slope, *typed, jnp.ones_like(value), w + direction, none)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -149,7 +146,7 @@ def _judge(
     after = line._replace(search=search, t=t, w=w0 + t * line.direction, trials=trials, goes_on=goes_on)
     # A memory that gives no improving step is thrown away once: steepest descent has the last word.
     again = ~goes_on & ~better & ~found & line.remembers
-    steepest = _line(w0, value0, -grad0 / norm0, -norm0, again & False, again & False, True)
+    steepest = _line(w0, value0, -grad0 / norm0, -norm0, False, False, True)
     return jax.tree.map(partial(jnp.where, again), steepest, after), better
 
 
