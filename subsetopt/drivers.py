@@ -1,6 +1,7 @@
 """Two drivers, one source: loops over blocks and steps, from Python or inside one compiled program.
 
-A solver and a problem say `driver.reduce`, `driver.cond`, `driver.while_loop`; the driver decides who runs them.
+A solver and a problem say `driver.reduce`, `driver.cond`, `driver.select`, `driver.while_loop`; the driver decides who
+runs them.
 
 Host: jitted blocks driven from Python, fetched from NumPy or a memmap one after the other, a block ahead. For CPUs,
 where XLA has fast convolutions only outside of loops, and for data larger than the device.

@@ -120,19 +120,17 @@ def _line(w: Array, value: Array, direction: Array, slope: Array, *flags: Array 
 def _judge(
     max_trials: int,
     line: Line,
-    lowest: Array,
-    found: Array,
-    w0: Array,
-    grad0: Array,
-    norm0: Array,
-    value0: Array,
+    best: tuple[Array, Array],
+    start: tuple[Array, Array, Array, Array],
     grad: Array,
     difference: Array,
 ) -> tuple[Line, Array]:
-    """The search after a trial with this gradient and difference, and whether that is the best point so far.
+    """The search after a trial with this gradient and loss difference, and whether it is the best point so far.
 
-    lowest, found: difference of the best point before, and whether there is one.
+    best: the difference of the best point before, and whether there is one. start: its point, gradient, the gradient's
+    norm, and its loss.
     """
+    (lowest, found), (w0, grad0, norm0, value0) = best, start
     scale = jnp.abs(line.slope0)
     point = linesearch.Point(line.t, difference / scale, jnp.vdot(grad, line.direction) / scale)
     accepted = linesearch.accepts(line.search, point)
@@ -253,8 +251,7 @@ class LBFGS:
         w, before = walk.line.w, state.evaluation
         trial = problem.evaluate(w)
         difference = problem.difference(w, state.w, trial.losses, before.losses, problem.weights)
-        best = walk.best.difference, walk.best.found
-        start = state.w, before.grad, before.norm, before.value
-        line, better = _judge(self.max_trials, walk.line, *best, *start, trial.grad, difference)
+        best, start = (walk.best.difference, walk.best.found), (state.w, before.grad, before.norm, before.value)
+        line, better = _judge(self.max_trials, walk.line, best, start, trial.grad, difference)
         best = problem.driver.select(better, Best(w, trial, difference, better), walk.best)
         return Walk(line, best, walk.evals + 1)

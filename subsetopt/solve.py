@@ -174,8 +174,8 @@ def _steps(solver: "Solver", problem: Problem, state: State, steps: Array, targe
 class Solver(Protocol):
     """A method: hyperparameters only. A new one is a frozen dataclass with `init` and `step`.
 
-    One source serves both drivers: what depends on computed values goes through `problem.driver.cond` and
-    `problem.driver.while_loop`, never through Python's `if`.
+    One source serves both drivers: what depends on computed values goes through `problem.driver.cond`, `select` and
+    `while_loop`, never through Python's `if`.
 
     growth, until, max_steps: the schedule of fit_subset that suits the method, used where the caller gives none.
     check_every: steps between two looks at the probe; the compiled driver takes so many in one program.
