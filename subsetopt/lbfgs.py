@@ -76,8 +76,8 @@ class Best(NamedTuple):
 
     w: Array
     evaluation: Evaluation
-    difference: Array
-    found: Array
+    difference: Any
+    found: Any
 
 
 class Walk(NamedTuple):
@@ -112,8 +112,8 @@ def _begin(pairs: Pairs, keeps: Array, w: Array, grad: Array, norm: Array, value
 
 def _line(w: Array, value: Array, direction: Array, slope: Array, *flags: Array | bool) -> Line:
     search, none = linesearch.begin(slope, value), jnp.zeros((), np.int32)
-    typed = (jnp.asarray(flag, bool) for flag in flags)  # Python's would have all compiled once more
-    return Line(search, direction, slope, *typed, jnp.ones_like(value), w + direction, none)
+    remembers, keeps, goes_on = (jnp.asarray(flag, bool) for flag in flags)  # Python's would compile all once more
+    return Line(search, direction, slope, remembers, keeps, goes_on, jnp.ones_like(value), w + direction, none)
 
 
 @partial(jax.jit, static_argnums=0)
