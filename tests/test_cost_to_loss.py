@@ -56,6 +56,37 @@ def test_seconds_of_a_fit_are_those_at_the_speed_of_the_median_fit():
     assert rows["lbfgs"] == [{"seconds": 20.0, "own_seconds": 10.0}]
 
 
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the experiment can tell."""
+    monkeypatch.setattr(records.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cost_to_loss, "ON_CPU", False)
+    monkeypatch.setattr(cost_to_loss, "METHODS", ("gauss_newton", "adam", "sgd"))
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_gpu_prices_the_first_order_runs_of_cpus_at_its_own_seconds(committed: Row, tmp_path: Path):
+    job = Job("digits", Arguments(out=tmp_path, results=tmp_path))
+    assert job.record_path == tmp_path / "cost_to_loss/digits-gpu.json"
+    parts = {method: job.measure(method) for method in ("adam", "sgd")}
+    assert not parts["adam"][0].keys() & {*cost_to_loss.COSTS, "own_seconds"}
+    newton, cost = committed["curves"]["gauss_newton"], (*cost_to_loss.COSTS, *cost_to_loss.MEASURED)
+    rows = [dict(zip(cost, values, strict=True)) for values in zip(*(newton[key] for key in cost), strict=True)]
+    rows = [{"seed": seed} | row for seed, row in zip(newton["seed"], rows, strict=True)]
+    epoch = dict.fromkeys(("adam-128", "adam-512", "sgd-128", "sgd-512"), 0.01)
+    parts["gauss_newton"] = [{"status": "CONVERGED", "seconds_per_epoch": epoch, "rows": rows}]
+    record = records.new("cost_to_loss", job.name, *job.contents(parts))
+    records.write(record, tmp_path)
+    mine, theirs = (found["final"]["targets"]["100"] for found in (record, committed))
+    assert mine.keys() == {"adam", "sgd", "gauss_newton"}
+    assert mine["adam"]["loss"] == theirs["adam"]["loss"]
+    assert mine["adam"]["seconds"] == pytest.approx(1.0)
+    assert mine["gauss_newton"]["flops_ratio"] == theirs["gauss_newton"]["flops_ratio"]
+    cost_to_loss.print_table(record)
+    names = {path.name for path in figure.draw([committed, record], tmp_path) if path.suffix == ".png"}
+    assert names == {f"cost_to_loss{end}.png" for end in ("", "-gpu", "-digits", "-digits-gpu")}
+
+
 def test_only_names_the_parts_there_are(smoke):
     run, _ = smoke(cost_to_loss)
     with pytest.raises(SystemExit, match="problem=NAME"):

@@ -10,7 +10,7 @@ import pytest
 from problems import problems
 
 from subsetopt import LBFGS, GaussNewton, Growth, fit_subset
-from subsetopt.devices import cost_analysis
+from subsetopt.devices import Devices, cost_analysis
 from subsetopt.timing import compiled_programs
 
 EXAMPLES = {example.name: example for example in problems(np.float32)}
@@ -57,6 +57,28 @@ def test_one_all_reduce_an_evaluation_and_none_a_block(run_python: Any, request:
         assert (everywhere, outside_of_loops) == (1, 1)
         assert loops >= 1  # over blocks
     assert at_once == [1, 1, 0]  # where all examples are one block
+
+
+class Accelerator:
+    """A device with a gigabyte, or one that does not tell."""
+
+    platform = "gpu"
+
+    def __init__(self, tells: bool):
+        self.tells = tells
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return {"bytes_limit": 1 << 30} if self.tells else None
+
+
+def test_a_block_takes_a_part_of_an_accelerators_memory_and_data_half_of_it():
+    (first, second), secret = (Accelerator(True), Accelerator(True)), Accelerator(False)
+    devices, untold = Devices((first, second), (first, second)), Devices((secret,), (secret,))
+    assert devices.default_block(True, lambda: 1 << 20) == 2 * 256
+    assert devices.default_block(True, lambda: 1 << 40) == 2  # never less than an example a device
+    assert devices.hold(1 << 29)
+    assert not devices.hold((1 << 29) + 1)
+    assert untold.default_block(True, lambda: 1 << 20) == 8 * 256
 
 
 def test_operations_are_counted_by_the_cpu_or_not_at_all(monkeypatch: pytest.MonkeyPatch):
