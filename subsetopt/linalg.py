@@ -5,7 +5,7 @@ threads spin on after every call and take the cores from the product that follow
 small for threads here. Left-looking blocked Cholesky: Golub and Van Loan, Matrix Computations (2013), section 4.2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ from jax import Array, lax
 # All measured, two AVX-512 cores.
 _PANELS = (4, 12)  # of rows of a triangle, at least and at most: k take (k + 1) / 2k of the Gram update's full work
 _LEAF = 64  # LAPACK gets twice this, and starts threads from 200
-_WIDTHS = (256, 512)  # of a panel of the factorisation, up to _LARGE columns and beyond
-_LARGE = 5000
+_PANEL, _CORNER = 256, 128  # columns of the factorisation that are updated at once, and that are eliminated at once
 _SOLVE_PANELS = 1000, 4  # of rows, in substitutions: least height, and most of them; k read (k + 1) / 2k of the factor
 
 
@@ -111,18 +110,29 @@ def _blocked_cholesky(a: Array, damping: Array) -> Array:
     The damping is added to the corners alone, for the same reason: a is not copied.
     """
     p = a.shape[0]
-    width = _WIDTHS[p > _LARGE]
     factor = jnp.zeros_like(a)
-    for start in range(0, p, width):
-        stop = min(start + width, p)
+    for start in range(0, p, _PANEL):
+        stop = min(start + _PANEL, p)
         panel = a[start:, start:stop]
         if start:
             done = factor[start:, :start]
             panel = panel - _product(done, done[: stop - start], 1, 1)
-        corner, inverse = _factor_and_inverse(_damped(panel[: stop - start], damping))
-        below = _product(panel[stop - start :], inverse, 1, 1)
-        factor = lax.dynamic_update_slice(factor, jnp.concatenate([corner, below]), (start, start))
+        for offset, columns in _eliminated(panel, damping):
+            factor = lax.dynamic_update_slice(factor, columns, (start + offset, start + offset))
     return factor
+
+
+def _eliminated(panel: Array, damping: Array) -> Iterator[tuple[int, Array]]:
+    """The factor's columns from the diagonal down, and where they begin: some at once, then the rest without them.
+
+    The corners' inverses are half zeros, so small ones save products; the updates before this want wide panels.
+    """
+    for offset in range(0, panel.shape[1], _CORNER):
+        n = min(_CORNER, panel.shape[1])
+        corner, inverse = _factor_and_inverse(_damped(panel[:n, :n], damping))
+        below = _product(panel[n:, :n], inverse, 1, 1)
+        yield offset, jnp.concatenate([corner, below])
+        panel = panel[n:, n:] - _product(below, below[: panel.shape[1] - n], 1, 1)
 
 
 def _factor_and_inverse(a: Array) -> tuple[Array, Array]:
