@@ -517,7 +517,7 @@ def print_table(record: dict[str, Any]) -> None:
         spread = f"{adam['loss']:.4g} ({_range(adam['losses'])})"
         table.add_row(epochs, choice, spread, accuracy, *ratios, _beside_sgd(target["sgd"]))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    for name in final["break_even"].keys() & OURS:
+    for name in [name for name in OURS if name in final["break_even"]]:
         budgets = (f"{_number(epochs)} ({cost})" for cost, epochs in final["break_even"][name].items())
         print(f"{name} costs no more from this budget of Adam's on: {', '.join(budgets)}")
 

@@ -82,7 +82,8 @@ def change_rows(readme: str) -> list[list[str]]:
 def race_row(record: dict) -> str:
     """The row that the README shows of a record of `solver_speed`: each peer's time to its loss over ours."""
     config, final = record["config"], record["final"]
-    driver = {"subsetopt": "host", "compiled": "compiled"}[final["fastest"]]
+    own = "host" if record["environment"]["device"] == "cpu" else "compiled"  # by default
+    driver = {"subsetopt": own, "compiled": "compiled"}[final["fastest"]]
     name = f"{record['name']}, N = {config['examples']:,}, P = {config['parameters']:,} | {driver}"
     peers = ("optax", "jaxopt", "optimistix", "scipy", "torch")
     ratios = [ratio(final[peer]["speedup"]) for peer in peers]
