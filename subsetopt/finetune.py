@@ -115,7 +115,6 @@ def finetune(
     checks.folder("checkpoint", checkpoint)
     epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # JSON knows no NumPy numbers
     checks.function("callback", callback)
-    checks.choice("driver", driver, ("auto", "host", "compiled"))
     problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
     checks.patience(patience, validation)
     watched = None if validation is None else held_out(problem, validation, loss, w)

@@ -153,7 +153,6 @@ def fit_subset(
     checks.folder("checkpoint", checkpoint)
     checks.real_number("warmup_epochs", warmup_epochs, 0)
     checks.function("callback", callback)
-    checks.choice("driver", driver, ("auto", "host", "compiled"))
     if target_loss is not None:
         checks.real_number("target_loss", target_loss)
     with jax.default_matmul_precision("highest"):  # the GPU default, TF32, is too coarse for a line search

@@ -233,7 +233,7 @@ class GaussNewton:
         difference = problem.difference(w + move, w, losses, losses0, sample.weights)
         new = Choice(move, difference, damping, best.tried + 1)
         keep = best._replace(tried=new.tried)
-        return problem.driver.cond(difference < best.difference, lambda: new, lambda: keep)
+        return problem.driver.select(difference < best.difference, new, keep)
 
     def _rescaled(self, problem: Problem, w: Array, sample: Sample, losses0: Array, picked: Choice) -> Choice:
         """The picked step, longer while that is better; where it raises the loss, shorter until it lowers it."""

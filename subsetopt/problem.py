@@ -432,6 +432,7 @@ def placed(problem: Problem, driver: str) -> Problem:
 
     On a CPU, XLA's convolutions are far slower inside a compiled loop.
     """
+    checks.choice("driver", driver, ("auto", "host", "compiled"))
     devices, arrays = problem.driver.devices, (problem.x, problem.y)
     mapped = any(isinstance(a, np.memmap) for a in arrays)
     fits = not mapped and devices.hold(sum(a.nbytes for a in arrays))
