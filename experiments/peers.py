@@ -34,7 +34,11 @@ SLOW, SLOW_STEPS = (10.0, 30)  # a run ends, from step 30 on, where a step takes
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A problem: model, data, and how it is run. blocks: sizes of which the fastest bare gradient picks ours."""
+    """A problem: model, data, and how it is run.
+
+    blocks: sizes of which the fastest bare gradient picks ours. overhead_examples: further numbers of examples at which
+    the overhead is measured: what a step adds to its evaluation hardly grows with them.
+    """
 
     model: nn.Module
     data: str
@@ -44,13 +48,14 @@ class Setting:
     blocks: tuple[int, ...] = (128,)
     l2: float = 1e-4
     overhead_steps: int = 30
+    overhead_examples: tuple[int, ...] = ()
 
 
 class Problem:
     """One loss, with the start and the data that every solver gets."""
 
     def __init__(self, setting: Setting, seed: int):
-        self.setting, self.model = setting, setting.model
+        self.setting, self.seed, self.model = setting, seed, setting.model
         self.x, self.y = _data(setting, seed)
         self.params: Any = self.model.init(jax.random.key(seed), self.x[:1])["params"]
         self.on_device = jnp.asarray(self.x), jnp.asarray(self.y)

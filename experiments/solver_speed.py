@@ -42,12 +42,15 @@ from subsetopt import LBFGS, GaussNewton, Progress
 OWN_LBFGS = LBFGS(memory=MEMORY, tolerance=0)  # takes all the steps it is given
 LONGER = 2  # ours runs on for this many times the steps, to show when it has a peer's last loss
 ON_CPU = jax.default_backend() == "cpu"
+OWN_DRIVER = "host" if ON_CPU else "compiled"
 SAME_LOSS = 1e-3  # a loss counts as reached within 0.1 %: on a plateau the last digits are rounding
 
 SETTINGS = {
     "cnn": Setting(FAMILY["mnist28-11k"].model, "mnist", 10_000),
     "digits": Setting(FAMILY["digits"].model, "digits", 1437, steps=200, blocks=(128, 1437), overhead_steps=200),
-    "mlp": Setting(MLP((120,)), "mnist", 10_000, blocks=(128, 512, 2048, 10_000), overhead_steps=200),
+    "mlp": Setting(
+        MLP((120,)), "mnist", 10_000, blocks=(128, 512, 2048, 10_000), overhead_steps=200, overhead_examples=(60_000,)
+    ),
     # Where float32 line searches lose their way: the last 300 steps see only rounding.
     "float32": Setting(MLP((32,)), "clusters", 400, steps=600, blocks=(128, 400), overhead_steps=200),
     "regression": Setting(MLP((32,)), "teacher", 400, "squared_error", blocks=(128, 400), overhead_steps=200),
@@ -91,26 +94,32 @@ def _seconds(function: Callable, *arguments: Any) -> float:
 
 
 def ours(problem: Problem, meter: Meter, block_size: int, solver: Any, driver: str = "auto") -> None:
-    """One of our solvers; its loss and seconds are those that it reports, after each step or each program of steps."""
+    """One of our solvers; a row is a step of its history, whose seconds and losses are those that it reports."""
 
-    def keep(progress: Progress) -> bool:
-        evaluations = progress.sample_grads / len(problem.x)
-        meter.add(progress.step, evaluations, progress.loss, progress.seconds)
+    def keep(step: int, cost: float, loss: float, seconds: float) -> None:
+        meter.add(step, cost / len(problem.x), loss, seconds)
+
+    def enough(progress: Progress) -> bool:
+        keep(progress.step, progress.sample_grads, progress.loss, progress.seconds)
         return not meter.going
 
     problem.fit(solver, block_size, max_steps=2, driver=driver)
     meter.begin()
-    result = problem.fit(solver, block_size, max_steps=meter.limit, callback=keep, driver=driver)
+    result = problem.fit(solver, block_size, max_steps=meter.limit, callback=enough, driver=driver)
+    meter.rows.clear()
+    for row in zip(*(result.history[key] for key in ("step", "sample_grads", "loss", "seconds")), strict=True):
+        keep(*row)
     if meter.going:
         meter.ended = result.status.name
 
 
 def our_lbfgs(problem: Problem, meter: Meter, block_size: int) -> None:
-    ours(problem, meter, block_size, OWN_LBFGS)
+    """By the driver that is the default for large data."""
+    ours(problem, meter, block_size, OWN_LBFGS, OWN_DRIVER)
 
 
 def our_compiled_lbfgs(problem: Problem, meter: Meter, block_size: int) -> None:
-    """By the other driver, which on a CPU has to be asked for."""
+    """By the other driver, on a CPU the default for small data of which nothing is convolved."""
     ours(problem, meter, block_size, OWN_LBFGS, "compiled")
 
 
@@ -163,7 +172,15 @@ def fastest_block(problem: Problem) -> dict[str, Any]:
     return {"block_size": min(seconds, key=lambda size: seconds[size]), "bare_seconds": seconds}
 
 
-def overhead(problem: Problem, block_size: int) -> dict[str, float]:
+def overheads(problem: Problem, block_size: int, compiled: bool) -> dict[str, Any]:
+    """Of the host driver on a CPU, of the compiled one where asked for, and on as many examples as the setting says."""
+    other = {"compiled": overhead(problem, block_size, "compiled")} if compiled else {}
+    settings = [dataclasses.replace(problem.setting, examples=n) for n in problem.setting.overhead_examples]
+    more = {f"{setting.examples}": overhead(Problem(setting, problem.seed), block_size) for setting in settings}
+    return overhead(problem, block_size) | other | ({"examples": more} if more else {})
+
+
+def overhead(problem: Problem, block_size: int, driver: str = OWN_DRIVER) -> dict[str, float]:
     """Seconds an evaluation of our L-BFGS over those of the bare gradient, taken in turns: noise strikes both."""
     evaluate = bare_gradient(problem, block_size)
     steps: list[float] = []
@@ -176,7 +193,8 @@ def overhead(problem: Problem, block_size: int) -> dict[str, float]:
         bares.append(_seconds(evaluate, progress.params))
         before[:] = time.perf_counter(), evaluations
 
-    problem.fit(OWN_LBFGS, block_size, max_steps=problem.setting.overhead_steps, callback=alternate)
+    most = problem.setting.overhead_steps
+    problem.fit(OWN_LBFGS, block_size, max_steps=most, callback=alternate, driver=driver)
     compiled = min(3, len(steps) - 1)
     step, bare = statistics.median(steps[compiled:]), statistics.median(bares[compiled:])
     return {"overhead": step / bare - 1, "seconds_per_evaluation": step, "bare_seconds": bare}
@@ -232,8 +250,10 @@ class Job(jobs.Job):
         if part == "blocks":
             return fastest_block(self.problem)
         block_size = self._block_size()
-        if part in ("overhead", "scale"):
-            return {"overhead": overhead, "scale": scale}[part](self.problem, block_size)
+        if part == "overhead":
+            return overheads(self.problem, block_size, "compiled" in self.parts)
+        if part == "scale":
+            return scale(self.problem, block_size)
         if part in ("rounds", "seeds"):
             return {"rounds": self._rounds, "seeds": self._last_losses}[part]()
         busy, longer = probe(), LONGER if part in OUR_LBFGS else 1
@@ -314,7 +334,14 @@ def _tiny(setting: Setting) -> Setting:
     if data == "mnist":
         model, data = MLP((16,)) if isinstance(model, MLP) else FAMILY["digits"].model, "digits"
     return dataclasses.replace(
-        setting, model=model, data=data, examples=60, steps=10, blocks=(32, 60), overhead_steps=6
+        setting,
+        model=model,
+        data=data,
+        examples=60,
+        steps=10,
+        blocks=(32, 60),
+        overhead_steps=6,
+        overhead_examples=(90,) if setting.overhead_examples else (),
     )
 
 
@@ -397,8 +424,8 @@ def print_table(record: dict[str, Any]) -> None:
         race = (run.get(key) for key in ("seconds_to_target", "our_seconds_to_target", "speedup"))
         table.add_row(name, str(run["steps"]), *cells, *("" if value is None else f"{value:.3g}" for value in race))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    size, share = final["blocks"]["block_size"], final["overhead"]["overhead"]
-    print(f"blocks of {size}; ours over the bare gradient: {share:+.1%}; ended: {_ends(record)}")
+    print(f"blocks of {final['blocks']['block_size']}; ended: {_ends(record)}")
+    print(f"ours over the bare gradient: {_overheads(final['overhead'])}")
     if "scale" in final:
         print(f"largest difference of parameters, loss scaled: {final['scale']}")
     if "seeds" in final:
@@ -409,6 +436,12 @@ def _beside_ours(losses: dict[str, list[float]]) -> str:
     ours = losses["subsetopt"]
     ratios = {name: statistics.median(map(operator.truediv, theirs, ours)) for name, theirs in losses.items()}
     return ", ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items() if name != "subsetopt")
+
+
+def _overheads(found: dict[str, Any]) -> str:
+    more = {f"{int(n):,} examples": by for n, by in found.get("examples", {}).items()}
+    more |= {"by the compiled driver": found["compiled"]} if "compiled" in found else {}
+    return ", ".join([f"{found['overhead']:+.1%}", *(f"{by['overhead']:+.1%} {name}" for name, by in more.items())])
 
 
 def _ends(record: dict[str, Any]) -> str:

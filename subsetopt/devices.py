@@ -66,7 +66,7 @@ class Devices:
         example_bytes: what an example moves through memory in an evaluation, which is more than it fills.
         """
         if self.on_cpu:
-            return (128 if convolves else 512) * self.count
+            return (128 if convolves else 2048) * self.count
         return max(int(_BLOCK_SHARE * self._memory / example_bytes()), 1) * self.count
 
     def hold(self, size: int) -> bool:

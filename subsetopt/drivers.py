@@ -27,7 +27,8 @@ _AHEAD = 2  # blocks sent and not yet done: one that computes, one that waits; m
 class Sample(NamedTuple):
     """Weighted examples: sum_i weights_i q_i estimates the subset's mean of q.
 
-    indices, weights: (n,), of which the first `count` stand, the rest being there for a constant shape.
+    indices, weights: (n,), of which the first `count` stand, the rest being there for a constant shape. Indices None:
+    the data at hand are these examples, and one block.
     """
 
     indices: Any
@@ -140,8 +141,9 @@ class Compiled:
 
         Where one block is all there can be, there is no loop: on a GPU each turn waits for its condition.
         """
-        part, n = size // self.devices.count, len(sample.indices)
-        rank = self.devices.rank()
+        n = len(sample.weights)
+        size = n if sample.indices is None else size
+        part, rank = size // self.devices.count, self.devices.rank()
         capacity = -(-n // size) * size
 
         def block(number: Any) -> tuple[Array, Any]:
@@ -149,9 +151,9 @@ class Compiled:
             places = start + jnp.arange(part, dtype=np.int32)
             inside = places < sample.count
             places = jnp.minimum(places, sample.count - 1)
-            indices = sample.indices[places]
+            rows = data if sample.indices is None else [a[sample.indices[places]] for a in data]
             weights = jnp.where(inside, sample.weights[places], 0)
-            return start, (inside, (*(a[indices] for a in data), weights, *(a[places] for a in extra)))
+            return start, (inside, (*rows, weights, *(a[places] for a in extra)))
 
         def add(number: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             sums, each = carry

@@ -19,7 +19,7 @@ from subsetopt.growth import Growth, draw_fresh, draw_order
 from subsetopt.model import Model, Params, mask_tree
 from subsetopt.problem import LOSS, Problem, make_problem, placed, subset_of
 from subsetopt.progress import Bar
-from subsetopt.solve import Progress, Solver, State, Status, advance, evaluated
+from subsetopt.solve import Progress, Solver, State, Status, Step, advance, evaluated
 from subsetopt.timing import Stopwatch
 
 PROBE_EXAMPLES, PROBE_SHARE = (1000, 0.1)  # the probe: 1,000 examples, but at most a tenth of the training set
@@ -38,8 +38,9 @@ class FitResult:
     in gradients of one example. seconds: without compile_seconds. order: (N,) the permutation whose prefixes are the
     nested subsets; with fresh subsets, the order of the first stages' pool with the probe at its end. stages: a row a
     stage. history: equal-long lists, an entry a step. There `loss` is the subset's loss after the step, but before it
-    where the subset is fresh: then it is an unbiased look at the training loss. driver: "host" or "compiled".
-    precision: dtype, and that of matrix products, in the loss and its gradient (matmul) and in the curvature.
+    where the subset is fresh: then it is an unbiased look at the training loss; steps that were one program share its
+    `seconds` in proportion to their cost. driver: "host" or "compiled". precision: dtype, and that of matrix products,
+    in the loss and its gradient (matmul) and in the curvature.
     """
 
     params: Params
@@ -131,7 +132,8 @@ def fit_subset(
         devices: JAX devices of this process to spread blocks over; None: all there are, of all processes that
             `jax.distributed.initialize()` has joined (each of them makes the same call with the same data).
         driver: "host": blocks from Python, also from data larger than the device; "compiled": many steps in one
-            program, data on the device; "auto": compiled on accelerators that hold the data, host elsewhere.
+            program, data on the device; "auto": compiled on accelerators that hold the data, and on CPUs where
+            `solver.check_every` is above 1 (LBFGS), the data have at most 64 MiB and nothing convolves; else host.
         callback: called with a `Progress` after each step (compiled: each `solver.check_every` steps); return True to
             stop.
         progress: show a progress bar (plain lines in a log).
@@ -170,7 +172,8 @@ def fit_subset(
         max_steps, seed, warmup_epochs = int(max_steps), int(seed), float(warmup_epochs)  # JSON knows no NumPy numbers
         own = problem.driver.devices
         with own.context():
-            fit = _Fit(problem, placed(problem, driver), solver, growth, until, max_steps, target_loss, seed)
+            by_driver = placed(problem, driver, solver.check_every)
+            fit = _Fit(problem, by_driver, solver, growth, until, max_steps, target_loss, seed)
             saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs}, own.process)
             mask = (
                 None
@@ -203,7 +206,8 @@ class _Fit:
         self.pool = self.order[: n - probe]
         self.slopes = np.full(n, np.nan, problem.dtype)  # of each example, when it was last looked at
         # Where the fit stands; all of it is in a checkpoint.
-        self.stage, self.n_steps, self.stage_steps, self.probe_cost, self.status = (0, 0, 0, 0.0, Status.RUNNING)
+        self.stage, self.n_steps, self.stage_steps, self.probe_cost = 0, 0, 0, 0.0
+        self.status, self.ended = Status.RUNNING, Status.RUNNING  # of the fit; whether its stage is over, and why
         self.history: dict[str, list] = {key: [] for key in _HISTORY}
         self.stages: list[dict[str, Any]] = []
         self.best_probe, self.last_check = math.inf, math.inf
@@ -235,9 +239,12 @@ class _Fit:
                 w, cost, self.slopes = warm_up(self._here(pool), w, mask, warmup_epochs, self.seed)
                 self.state = self.state.replace(w=w, cost=cost)
             self._enter_stage(resumed)
+            if resumed and self.ended:  # it was stopped at the very end of a stage
+                self._leave_stage_or_go_on()
             while self.status == Status.RUNNING:
                 self._step(callback, bar)
-                self._end_stage_or_go_on()
+                self.ended = self._stage_status()
+                self._leave_stage_or_go_on()
                 saver.save(self._tree(), self._content(), now=self.stage_steps == 0)
         except KeyboardInterrupt:
             self.status = Status.STOPPED
@@ -268,12 +275,12 @@ class _Fit:
 
     def _step(self, callback: Any, bar: Bar) -> None:
         target = -math.inf if self.target_loss is None or not self._is_last_stage() else self.target_loss
+        begin = float(self.state.cost), self.watch.seconds
         self.state, steps = advance(self.problem, self.solver, self.state, self._steps_at_once(), target)
-        self.n_steps += steps
-        self.stage_steps += steps
+        self.stage_steps += len(steps)
         if self.fresh:
             self._remember_slopes()
-        progress = self._record()
+        progress = self._record(steps, *begin)
         bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
         if self.fresh and not self._rejected():
             self.problem = self._subset()
@@ -299,8 +306,10 @@ class _Fit:
         )
         return min(to_check, to_growth, self.max_steps - self.n_steps)
 
-    def _end_stage_or_go_on(self) -> None:
-        ended = self._stage_status()
+    def _leave_stage_or_go_on(self) -> None:
+        ended = self.ended
+        if not ended and self.n_steps >= self.max_steps:
+            ended = Status.MAX_STEPS
         if ended == Status.RUNNING and self.status == Status.RUNNING:
             return
         self._close_stage(self.status or ended)
@@ -310,11 +319,11 @@ class _Fit:
         if self.status == Status.RUNNING and fatal:
             self.status = ended
         if self.status == Status.RUNNING:
-            self.stage += 1
+            self.stage, self.ended = self.stage + 1, Status.RUNNING
             self._enter_stage()
 
     def _stage_status(self) -> Status:
-        """Whether the stage ends here, and why."""
+        """Whether the stage ends here by a rule of its own, and why."""
         last = self._is_last_stage()
         if self.state.status != Status.RUNNING:
             return Status(int(self.state.status))
@@ -325,7 +334,7 @@ class _Fit:
                 return Status.REPRESENTATIVE
         elif not last and isinstance(self.until, int) and self.stage_steps >= self.until and not self._rejected():
             return Status.MAX_STEPS
-        return Status.MAX_STEPS if self.n_steps >= self.max_steps else Status.RUNNING
+        return Status.RUNNING
 
     def _told_all(self) -> bool:
         """Whether the probe's loss has fallen by less than 0.5 % since the last check; keeps its best parameters."""
@@ -348,15 +357,24 @@ class _Fit:
 
     # --- the record ------------------------------------------------------------------------------------------------
 
-    def _record(self) -> Progress:
+    def _record(self, steps: list[Step], cost: float, seconds: float) -> Progress:
+        """A row a step; from these costs and seconds on, steps of one program share its seconds by their cost."""
+        *early, last = steps
+        pace = (self.watch.seconds - seconds) / max(last.cost - cost, LOSS)
+        for step in early:
+            self._append(step, None, seconds + pace * (step.cost - cost))
         probe = None if self.stage_steps % self.solver.check_every else self._probe_loss()
+        return Progress(*self._append(last, probe, self.watch.seconds), params=self._params(self.state.w))
+
+    def _append(self, step: Step, probe: float | None, seconds: float) -> tuple[Any, ...]:
+        self.n_steps += 1
         row = (
             *(self.stage, int(self.problem.count), float(self.problem.ratio), self.n_steps),
-            *(self._loss(), probe, float(self.state.evaluation.norm), self._cost(), self.watch.seconds),
+            *(step.loss, probe, step.grad_norm, step.cost + self.probe_cost, seconds),
         )
         for column, value in zip(self.history.values(), row, strict=True):
             column.append(value)
-        return Progress(*row, params=self._params(self.state.w))
+        return row
 
     def _probe_loss(self) -> float | None:
         """The probe's loss; None once the probe is part of the subset."""
@@ -421,7 +439,8 @@ class _Fit:
         return self.state, self.best_w, self.slopes
 
     def _content(self) -> dict[str, Any]:
-        content = {key: getattr(self, key) for key in self._KEPT} | {"status": int(self.status)}
+        content = {key: getattr(self, key) for key in self._KEPT}
+        content |= {"status": int(self.status), "ended": int(self.ended)}
         probes = {key: v if math.isfinite(v := getattr(self, key)) else None for key in ("best_probe", "last_check")}
         return content | probes | {"seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
 
@@ -436,7 +455,7 @@ class _Fit:
         for key in ("best_probe", "last_check"):
             setattr(self, key, math.inf if content[key] is None else content[key])
         # A run that was stopped, or out of steps, goes on; one that ended at its goal has nothing left to do.
-        status = Status(content["status"])
+        status, self.ended = Status(content["status"]), Status(content.get("ended", Status.RUNNING))
         unfinished = status in (Status.STOPPED, Status.MAX_STEPS) and self.n_steps < self.max_steps
         self.status = Status.RUNNING if unfinished else status
         if unfinished and len(self.stages) > self.stage:

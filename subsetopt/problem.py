@@ -26,6 +26,7 @@ from subsetopt.model import Constants, Model, Params, prepare
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
 
 _ROW_BLOCK, _ROW_BLOCK_NUMBERS = 2048, 1 << 25  # most rows in a block of them, and numbers: 128 MB in float32
+_SMALL = 1 << 26  # bytes of data that a CPU may hold twice
 _ANALYSED = 128  # examples in a block whose cost is analysed
 _PIECE, _PIECE_NUMBERS = 64, 1 << 20  # least rows in a piece, for each is compiled; numbers that a CPU's cache holds
 
@@ -191,7 +192,7 @@ def _draw(most: int, n: Array, key: Array, score: Array, weights: Array, count: 
 # --- the problem ---------------------------------------------------------------------------------------------------
 
 _STATIC = ("objective", "driver", "block_size", "parameters", "outputs", "dtype", "fresh")
-_ARRAYS = ("constants", "x", "y", "subset", "weights", "count", "seed", "l2")
+_ARRAYS = ("constants", "x", "y", "subset", "weights", "count", "seed", "l2", "fetched")
 
 
 @partial(jax.tree_util.register_dataclass, meta_fields=_STATIC, data_fields=_ARRAYS)
@@ -203,6 +204,7 @@ class Problem:
     subset: (N,) indices, of which the first `count` are in use: a growing subset changes no shape, nothing recompiles.
     weights: (N,), 1 / count, or unequal where the examples of the subset were drawn with unequal probabilities.
     fresh: the next step gets another subset, so nothing evaluated on this one is worth keeping.
+    fetched: x and y of the subset, where a program has them at hand.
     """
 
     objective: Objective
@@ -220,6 +222,7 @@ class Problem:
     seed: Any = 0
     l2: Any = 0.0
     fresh: bool = False
+    fetched: Any = None
 
     @property
     def examples(self) -> int:
@@ -249,7 +252,13 @@ class Problem:
     def using(self, whole: Sample, fresh: bool = False) -> "Problem":
         """The same loss on the subset of another problem, its `whole()`."""
         indices, weights, count = whole
-        return dataclasses.replace(self, subset=indices, weights=weights, count=count, fresh=fresh)
+        return dataclasses.replace(self, subset=indices, weights=weights, count=count, fresh=fresh, fetched=None)
+
+    def fetch(self) -> "Problem":
+        """For a program of many evaluations: with what they all look at, where one block on one device holds it."""
+        if self.driver.devices.count > 1 or self.block_size < self.examples:
+            return self
+        return dataclasses.replace(self, fetched=(self.x[self.subset], self.y[self.subset]))
 
     def whole(self) -> Sample:
         """Every example of the subset, equally weighted."""
@@ -260,8 +269,11 @@ class Problem:
 
         uncertain: give the examples' uncertainty and slope as well, for drawing samples.
         """
-        sample, static = self.whole(), (self.objective, uncertain)
-        grad, each = self._reduce(_gradient_block, static, _zeros(w), (w, self.constants), sample)
+        sample, static, data = self.whole(), (self.objective, uncertain), (self.x, self.y)
+        if self.fetched is not None:
+            sample, data = sample._replace(indices=None), self.fetched
+        shared = (w, self.constants)
+        grad, each = self.driver.reduce(_gradient_block, static, _zeros(w), shared, data, sample, (), self.block_size)
         losses, uncertainty, slope = each
         value = self.driver.total(sample.weights, losses)
         value, grad, norm = _penalised(value, grad, w, self.real(self.l2))
@@ -401,10 +413,14 @@ def make_problem(
 
 
 def _default_block(own: Devices, objective: Objective, w: Array, constants: Constants, x: Any, y: Any) -> int:
-    convolves = "conv_general_dilated" in str(jax.make_jaxpr(objective.model.outputs)(w, constants, x[:1]))
     arrays = _shape(w), jax.tree.map(_shape, constants), _example(x), _example(y)
+    convolves = _convolves(objective, w, constants, x)
     size = own.default_block(convolves, lambda: _gradient_cost(objective, *arrays)["bytes accessed"])
     return _full(len(x), size)
+
+
+def _convolves(objective: Objective, w: Any, constants: Constants, x: Any) -> bool:
+    return "conv_general_dilated" in str(jax.make_jaxpr(objective.model.outputs)(w, constants, x[:1]))
 
 
 def _checked_outputs(objective: Objective, loss: Any, w: Array, constants: Constants, x: Any, y: Any) -> int:
@@ -427,19 +443,26 @@ def held_out(problem: Problem, data: Any, loss: Any, w: Array) -> Problem:
     return dataclasses.replace(problem, x=np.asarray(x), y=np.asarray(y)).on(np.arange(len(x)))
 
 
-def placed(problem: Problem, driver: str) -> Problem:
-    """The problem for "host" or "compiled"; "auto": compiled on an accelerator that holds the data, host on a CPU.
+def placed(problem: Problem, driver: str, steps: int = 1) -> Problem:
+    """The problem for "host" or "compiled".
 
-    On a CPU, XLA's convolutions are far slower inside a compiled loop.
+    "auto": compiled on an accelerator that holds the data. On a CPU where a program takes many steps, which saves
+    Python's calls, the data are small, for they are copied, and nothing convolves, for XLA's convolutions are far
+    slower inside a compiled loop there.
     """
     checks.choice("driver", driver, ("auto", "host", "compiled"))
     devices, arrays = problem.driver.devices, (problem.x, problem.y)
-    mapped = any(isinstance(a, np.memmap) for a in arrays)
-    fits = not mapped and devices.hold(sum(a.nbytes for a in arrays))
-    if driver == "host" or (driver == "auto" and (devices.on_cpu or not fits)):
+    mapped, size = any(isinstance(a, np.memmap) for a in arrays), sum(a.nbytes for a in arrays)
+    suits = not mapped and devices.hold(size) and (not devices.on_cpu or (steps > 1 and _quick_in_loops(problem, size)))
+    if driver == "host" or (driver == "auto" and not suits):
         return problem
     x, y, constants = devices.replicate((np.asarray(problem.x), np.asarray(problem.y), problem.constants))
     return dataclasses.replace(problem, driver=Compiled(devices), x=x, y=y, constants=constants)
+
+
+def _quick_in_loops(problem: Problem, size: int) -> bool:
+    w = jax.ShapeDtypeStruct((problem.parameters,), problem.dtype)
+    return size <= _SMALL and not _convolves(problem.objective, w, problem.constants, problem.x)
 
 
 def _check_deterministic(problem: Problem, w: Array) -> None:

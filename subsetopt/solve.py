@@ -135,20 +135,34 @@ def _ended(status: Array, norm: Array, scale: Array, tolerance: Array) -> tuple[
     return status, status == Status.RUNNING
 
 
-def advance(problem: Problem, solver: "Solver", state: State, steps: int, target: float) -> tuple[State, int]:
-    """The state after steps of the solver, and how many.
+class Step(NamedTuple):
+    """How a solve stood after a step: loss, gradient norm, sample_grads spent."""
 
-    The host driver takes one. The compiled one takes up to `steps`, fewer where the solve ends or its loss is down to
-    `target`, in a single program.
+    loss: Any
+    grad_norm: Any
+    cost: Any
+
+
+def _stood(state: State) -> Step:
+    return Step(state.evaluation.value, state.evaluation.norm, state.cost)
+
+
+def advance(problem: Problem, solver: "Solver", state: State, steps: int, target: float) -> tuple[State, list[Step]]:
+    """The state after steps of the solver, and how it stood after each.
+
+    The host driver takes one. The compiled one takes up to `steps`, at most `solver.check_every`, fewer where the solve
+    ends or its loss is down to `target`, in a single program.
     """
     if isinstance(problem.driver, Host):
-        return solver.step(problem, state), 1
+        state = solver.step(problem, state)
+        return state, [Step(*map(float, _stood(state)))]
     cost, evals = state.cost, state.evals  # counted in Python, where numbers do not overflow
     typed = _typed(state.replace(cost=0.0, evals=0))
     arrays = problem.driver.devices.replicate((problem, typed, np.int32(steps), problem.dtype.type(target)))
-    state, taken = problem.driver.devices.compiled(_steps)(solver, *arrays)
-    spent = round(3 * float(state.cost)) / 3  # prices are thirds
-    return state.replace(cost=cost + spent, evals=evals + int(state.evals)), int(taken)
+    state, taken, after = problem.driver.devices.compiled(_steps)(solver, *arrays)
+    rows = zip(*(np.asarray(column)[: int(taken)].tolist() for column in after), strict=True)
+    found = [Step(loss, norm, cost + round(3 * spent) / 3) for loss, norm, spent in rows]  # prices are thirds
+    return state.replace(cost=found[-1].cost, evals=evals + int(state.evals)), found
 
 
 def _typed(state: State) -> State:
@@ -157,17 +171,23 @@ def _typed(state: State) -> State:
     return state.replace(**{name: jnp.asarray(getattr(state, name), dtype) for name, dtype in dtypes.items()})
 
 
-def _steps(solver: "Solver", problem: Problem, state: State, steps: Array, target: Array) -> tuple[State, Array]:
-    def on(carry: tuple[State, Array]) -> Array:
-        state, taken = carry
+_Carry = tuple[State, Array, Step]
+
+
+def _steps(solver: "Solver", problem: Problem, state: State, steps: Array, target: Array) -> _Carry:
+    def on(carry: _Carry) -> Array:
+        state, taken, _ = carry
         reached = state.known & (state.evaluation.value <= target)
         return (taken == 0) | ((taken < steps) & (state.status == Status.RUNNING) & ~reached)
 
-    def step(carry: tuple[State, Array]) -> tuple[State, Array]:
-        state, taken = carry
-        return solver.step(problem, state), taken + 1
+    def step(carry: _Carry) -> _Carry:
+        state, taken, after = carry
+        state = solver.step(problem, state)
+        return state, taken + 1, jax.tree.map(lambda column, value: column.at[taken].set(value), after, _stood(state))
 
-    return lax.while_loop(on, step, (state, jnp.zeros_like(steps)))
+    problem = problem.fetch()
+    none = jax.tree.map(lambda value: jnp.zeros(solver.check_every, value.dtype), _stood(state))
+    return lax.while_loop(on, step, (state, jnp.zeros_like(steps), none))
 
 
 @runtime_checkable

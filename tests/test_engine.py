@@ -1,9 +1,11 @@
 """The engine room: drivers, programs, memory-mapped data, precision."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from problems import problems
 
 from subsetopt import LBFGS, GaussNewton, Growth, fit_subset
 from subsetopt.devices import Devices, cost_analysis
+from subsetopt.problem import Problem, make_problem, placed
 from subsetopt.timing import compiled_programs
 
 EXAMPLES = {example.name: example for example in problems(np.float32)}
@@ -103,13 +106,32 @@ def test_growing_subsets_never_recompile_the_compiled_driver(solver: Any):
 
 
 def test_compiled_driver_takes_many_steps_a_program():
-    result = fit(LBFGS(tolerance=0), max_steps=25, driver="compiled")
+    programs = []
+    options = {"max_steps": 25, "driver": "compiled"}
+    result = fit(LBFGS(tolerance=0), callback=lambda progress: programs.append(progress.step), **options)
     assert result.driver == "compiled"
-    assert result.history["step"] == [10, 20, 25]
-    target = result.history["loss"][0]
-    early = fit(LBFGS(tolerance=0), max_steps=25, driver="compiled", target_loss=target * 1.01)
+    assert programs == [10, 20, 25]
+    assert result.history["step"] == list(range(1, 26))
+    for rising in ("seconds", "sample_grads"):
+        assert np.all(np.diff(result.history[rising], prepend=0) > 0)
+    early = fit(LBFGS(tolerance=0), target_loss=result.history["loss"][13], **options)
     assert early.status.name == "TARGET_REACHED"
-    assert early.n_steps <= 10
+    assert early.history["loss"] == result.history["loss"][:14]
+
+
+def test_program_of_many_evaluations_picks_its_examples_once():
+    def picked(block_size: int) -> int:
+        host, w = make_problem(MLP.apply, (MLP.x, MLP.y), MLP.params, loss=MLP.loss, block_size=block_size)
+        lowered = jax.jit(three_evaluations).lower(placed(host, "compiled"), w).as_text()
+        shape = "x".join(map(str, (block_size, *MLP.x.shape[1:])))
+        return len(re.findall(rf"stablehlo\.gather.*-> tensor<{shape}xf32>", lowered))
+
+    def three_evaluations(problem: Problem, w: Any) -> Any:
+        problem = problem.fetch()
+        return [problem.evaluate(factor * w) for factor in (1, 2, 3)]
+
+    assert picked(len(MLP.x)) == 1
+    assert picked(len(MLP.x) // 2) == 3
 
 
 @pytest.mark.parametrize("solver", [GaussNewton(), LBFGS()], ids=repr)
@@ -117,9 +139,25 @@ def test_memory_mapped_data_are_like_any_other(tmp_path: Path, solver: Any):
     np.save(tmp_path / "x.npy", MLP.x)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     growth = Growth(0.5, 2, nested=isinstance(solver, LBFGS))
-    plain, streamed = (fit(solver, (x, MLP.y), growth=growth, max_steps=6, block_size=16) for x in (MLP.x, mapped))
+    options = {"growth": growth, "max_steps": 6, "block_size": 16}
+    plain, streamed = fit(solver, driver="host", **options), fit(solver, (mapped, MLP.y), **options)
     np.testing.assert_array_equal(streamed.history["loss"], plain.history["loss"])
     assert streamed.driver == "host"
+
+
+@pytest.mark.parametrize(
+    ("solver", "copies", "driver"), [(LBFGS(), 1, "compiled"), (LBFGS(), 20_000, "host"), (GaussNewton(), 1, "host")]
+)
+def test_driver_of_a_cpu_is_compiled_where_calls_would_be_most_of_a_step(solver: Any, copies: int, driver: str):
+    x, y = (np.tile(a, (copies, *[1] * (a.ndim - 1))) for a in (MLP.x, MLP.y))
+    assert (x.nbytes + y.nbytes > 1 << 26) == (copies > 1)
+    assert fit(solver, (x, y), max_steps=1).driver == driver
+
+
+def test_driver_of_a_cpu_is_host_where_the_network_convolves():
+    cnn = EXAMPLES["CNN"]
+    options = WHOLE | {"solver": LBFGS(), "max_steps": 1}
+    assert fit_subset(cnn.apply, (cnn.x, cnn.y), cnn.params, **options).driver == "host"
 
 
 @pytest.mark.parametrize(("linear_solve", "rounding"), [("dense", 1e-6), ("sample", 5e-6), ("cg", 1e-4)])

@@ -372,11 +372,13 @@ def test_keyboard_interrupt_returns_the_parameters_so_far(data, at):
     assert np.isfinite(result.loss)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_resumed_fit_equals_an_uninterrupted_one(tmp_path, data, solver):
-    options = {"solver": solver, "growth": Growth(3, 2), "until": 3, "max_steps": 12} | QUIET
+@pytest.mark.parametrize(
+    ("solver", "driver"), [*((solver, "host") for solver in SOLVERS), (LBFGS(), "compiled")], ids=repr
+)
+def test_resumed_fit_equals_an_uninterrupted_one(tmp_path, data, solver, driver):
+    options = {"solver": solver, "growth": Growth(3, 2), "until": 3, "max_steps": 12, "driver": driver} | QUIET
     whole = fit_subset(Net(), data, **options)
-    first = fit_subset(Net(), data, callback=lambda p: p.step == 5, checkpoint=tmp_path, **options)
+    first = fit_subset(Net(), data, callback=lambda p: p.step >= 5, checkpoint=tmp_path, **options)
     assert first.status == Status.STOPPED
     resumed = fit_subset(Net(), data, checkpoint=tmp_path, **options)
     assert_same_params(whole.params, resumed.params, rtol=0)

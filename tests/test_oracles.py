@@ -461,6 +461,8 @@ def test_block_size_changes_results_by_rounding_only(solver: Any, nested: bool):
 @pytest.mark.parametrize("example", [HUBER, CNN], ids=lambda example: example.name)
 def test_both_drivers_take_the_same_steps(example: Example, solver: Any):
     host, compiled = (fit(example, solver, 12, growth=Growth(1, 2), driver=name) for name in ("host", "compiled"))
+    for column in ("step", "loss", "grad_norm", "sample_grads"):
+        np.testing.assert_allclose(compiled.history[column], host.history[column], rtol=1e-6)
     np.testing.assert_allclose(compiled.loss, host.loss, rtol=1e-9)
     np.testing.assert_allclose(ravel_pytree(compiled.params)[0], ravel_pytree(host.params)[0], rtol=1e-6, atol=1e-9)
     assert (compiled.n_steps, compiled.n_evals) == (host.n_steps, host.n_evals)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 TESTS = Path(__file__).parent
 
@@ -35,11 +36,11 @@ DIE = """if True:
     from test_oracles import LBFGS, MLP, fit
 
     def die(progress):
-        if progress.step == 5 and sys.argv[2] == "1":
+        if progress.step >= 5 and sys.argv[2] == "1":
             os._exit(0)
 
     try:
-        fit(MLP, LBFGS(), 1000, l2=0.0, callback=die)
+        fit(MLP, LBFGS(), 1000, l2=0.0, callback=die, driver=sys.argv[3])
     except RuntimeError as error:
         print(error, flush=True)
         os._exit(3)  # jax itself would wait for the dead one until its heartbeat is missed
@@ -76,9 +77,10 @@ def test_two_processes_get_the_result_of_one_device():
     np.testing.assert_allclose(first, alone, rtol=1e-9)
 
 
-def test_a_process_that_dies_makes_the_other_fail_with_a_clear_error():
+@pytest.mark.parametrize("driver", ["host", "compiled"])
+def test_a_process_that_dies_makes_the_other_fail_with_a_clear_error(driver: str):
     where = address()
-    survivor, victim = (start(DIE, where, str(number)) for number in range(2))
+    survivor, victim = (start(DIE, where, str(number), driver) for number in range(2))
     victim.communicate(timeout=100)
     died = time.monotonic()
     out, err = survivor.communicate(timeout=60)
