@@ -269,11 +269,10 @@ class Problem:
 
         uncertain: give the examples' uncertainty and slope as well, for drawing samples.
         """
-        sample, static, data = self.whole(), (self.objective, uncertain), (self.x, self.y)
+        sample, static = self.whole(), (self.objective, uncertain)
         if self.fetched is not None:
-            sample, data = sample._replace(indices=None), self.fetched
-        shared = (w, self.constants)
-        grad, each = self.driver.reduce(_gradient_block, static, _zeros(w), shared, data, sample, (), self.block_size)
+            sample = sample._replace(indices=None)
+        grad, each = self._reduce(_gradient_block, static, _zeros(w), (w, self.constants), sample)
         losses, uncertainty, slope = each
         value = self.driver.total(sample.weights, losses)
         value, grad, norm = _penalised(value, grad, w, self.real(self.l2))
@@ -317,7 +316,7 @@ class Problem:
         return positions, Sample(self.subset[positions], weights, n)
 
     def _reduce(self, kernel: Kernel, static: Any, sums: Any, shared: Any, sample: Sample, extra: Any = (), size=0):
-        data = (self.x, self.y)
+        data = (self.x, self.y) if sample.indices is not None else self.fetched
         return self.driver.reduce(kernel, static, sums, shared, data, sample, extra, size or self.block_size)
 
     def _row_block(self, u: Any, least: int | None = None) -> int:
