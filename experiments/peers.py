@@ -122,6 +122,10 @@ class Meter:
         """Whether another step is wanted."""
         return not self.rows or self.rows[-1]["step"] < self.limit
 
+    def slow(self, step: int, seconds: float) -> bool:
+        """Whether a run that takes so long ends here."""
+        return step >= SLOW_STEPS and seconds / step > SLOW
+
     def add(self, step: int, evaluations: float, loss: float, seconds: float | None = None) -> None:
         """A row; one of the same step is replaced."""
         seconds = time.perf_counter() - self._begun if seconds is None else seconds
@@ -129,7 +133,7 @@ class Meter:
             return
         if self.rows and self.rows[-1]["step"] == step:
             self.rows.pop()
-        if step >= SLOW_STEPS and seconds / step > SLOW:
+        if self.slow(step, seconds):
             self.limit = min(self.limit, step)
         row = {"step": int(step), "evaluations": float(evaluations), "seconds": seconds, "loss": float(loss)}
         self.rows.append(row)

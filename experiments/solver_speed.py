@@ -96,19 +96,15 @@ def _seconds(function: Callable, *arguments: Any) -> float:
 def ours(problem: Problem, meter: Meter, block_size: int, solver: Any, driver: str = "auto") -> None:
     """One of our solvers; a row is a step of its history, whose seconds and losses are those that it reports."""
 
-    def keep(step: int, cost: float, loss: float, seconds: float) -> None:
-        meter.add(step, cost / len(problem.x), loss, seconds)
-
     def enough(progress: Progress) -> bool:
-        keep(progress.step, progress.sample_grads, progress.loss, progress.seconds)
-        return not meter.going
+        return meter.slow(progress.step, progress.seconds)
 
     problem.fit(solver, block_size, max_steps=2, driver=driver)
     meter.begin()
     result = problem.fit(solver, block_size, max_steps=meter.limit, callback=enough, driver=driver)
-    meter.rows.clear()
-    for row in zip(*(result.history[key] for key in ("step", "sample_grads", "loss", "seconds")), strict=True):
-        keep(*row)
+    kept = (result.history[key] for key in ("step", "sample_grads", "loss", "seconds"))
+    for step, cost, loss, seconds in zip(*kept, strict=True):
+        meter.add(step, cost / len(problem.x), loss, seconds)
     if meter.going:
         meter.ended = result.status.name
 
