@@ -56,11 +56,16 @@ class _Function:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The static part of a model: how a flat vector becomes parameters and parameters become outputs."""
+    """The static part of a model: how a flat vector becomes parameters and parameters become outputs.
+
+    shapes: of all parameter arrays. trained: of those that w holds, one after the other; (n,) where it holds n entries
+    of an array.
+    """
 
     apply: Callable[[Params, Any, Array], Array]
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
+    trained: tuple[tuple[int, ...], ...]
 
     def unflatten(self, w: Array, constants: Constants) -> Params:
         """The parameter tree of the trainable entries w (P,) and the frozen rest."""
@@ -87,24 +92,25 @@ def prepare(model: Any, params: Params | None, x: Any, seed: int, trainable: Any
     dtype = checks.parameter_dtype(leaves)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     full = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
-    static = Model(apply, structure, tuple(leaf.shape for leaf in leaves))
+    shapes = tuple(leaf.shape for leaf in leaves)
     constants: Constants = {"state": state}
     if trainable is None:
-        return static, full, constants
-    mask = flat_mask(params, trainable)
-    constants |= {"full": full, "index": jnp.asarray(np.flatnonzero(mask))}
+        return Model(apply, structure, shapes, shapes), full, constants
+    masks = jax.tree.leaves(mask_tree(params, trainable))
+    index = np.flatnonzero(np.concatenate([mask.reshape(-1) for mask in masks]))
+    constants |= {"full": full, "index": jnp.asarray(index)}
+    static = Model(apply, structure, shapes, tuple(map(_trained, masks)))
     return static, full[constants["index"]].astype(dtype), constants
+
+
+def _trained(mask: np.ndarray) -> tuple[int, ...]:
+    return mask.shape if mask.all() else (int(mask.sum()),)
 
 
 def mask_tree(params: Params, trainable: Any) -> Params:
     """`trainable` as boolean arrays in the exact shapes of params."""
     checks.mask(params, trainable)
     return jax.tree.map(lambda p, m: np.broadcast_to(np.asarray(m), np.shape(p)), params, trainable)
-
-
-def flat_mask(params: Params, trainable: Any) -> np.ndarray:
-    """`trainable` as one boolean vector over all parameters, in the order of the flat vector."""
-    return np.concatenate([m.reshape(-1) for m in jax.tree.leaves(mask_tree(params, trainable))])
 
 
 def _adapt(model: Any, params: Params | None, x: Any, seed: int) -> tuple[Callable, Params, Any]:

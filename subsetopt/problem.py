@@ -230,6 +230,11 @@ class Problem:
         return len(self.x)
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the parameter arrays of which w is made, one after the other."""
+        return tuple(shape for shape in self.objective.model.trained if np.prod(shape) > 0)
+
+    @property
     def ratio(self) -> float:
         """Q = K M / P."""
         return float(self.count) * self.outputs / self.parameters

@@ -16,7 +16,7 @@ LAYERS = [
     {"devices"},
     {"drivers"},
     {"problem"},
-    {"solve", "checkpoint", "curvature"},
+    {"solve", "checkpoint", "curvature", "kronecker"},
     {"lbfgs", "gauss_newton", "finetune"},
     {"fit"},
     {"__init__"},
