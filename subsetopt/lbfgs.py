@@ -192,7 +192,7 @@ def _unless_stalled(status: Array, found: Array, runs: Array) -> Array:
 class LBFGS:
     """Limited-memory BFGS; costs about one evaluation of the subset a step.
 
-    memory: pairs kept, of 2 P numbers each.
+    memory: pairs kept, of 2 P numbers each, beside a factored curvature of 4 P to 16 P.
     tolerance: CONVERGED when the gradient norm is this fraction of the largest one met; None: 1e-4 in float32, 1e-7
         in float64.
     max_trials: evaluations a line search may take; the best point is kept.

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 from jax import lax
 
-from subsetopt.linalg import add_gram, cholesky, cholesky_solve, symmetric_product
+from subsetopt.linalg import add_gram, cholesky, cholesky_solve, inverse_root, symmetric_product
 
 SIZES = [1, 5, 64, 65, 257, 1000]  # a leaf, one more, one more than a panel, and no multiple of either
 ADD_GRAM, CHOLESKY, SOLVE, PRODUCT = (jax.jit(f) for f in (add_gram, cholesky, cholesky_solve, symmetric_product))
@@ -170,3 +170,17 @@ def test_several_devices(run_python):
             np.testing.assert_allclose((r.T @ r + np.eye(300)) @ x, r[0], rtol=0, atol=1e-2)
         print("same")"""
     assert run_python("-c", code, devices=2).strip() == "same"
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3])
+@pytest.mark.parametrize("n", [1, 5, 128])
+def test_inverse_root_is_that_by_eigenvalues(n: int, condition: float, dtype: type):
+    stack = np.stack([scale * positive_definite(n, condition, dtype) for scale in (1e-10, 1.0, 1e6)]).astype(dtype)
+    found = np.asarray(jax.jit(inverse_root)(stack))
+    assert found.dtype == dtype
+    assert np.array_equal(found, found.swapaxes(1, 2))
+    for a, root in zip(stack.astype(np.float64), found, strict=True):
+        values, vectors = np.linalg.eigh(a)
+        expected = vectors / np.sqrt(values) @ vectors.T
+        # The iteration has not ended where the condition is this bad: see its number of steps.
+        assert np.linalg.norm(root - expected, 2) <= 0.03 * np.linalg.norm(expected, 2)

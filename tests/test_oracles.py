@@ -333,22 +333,34 @@ BADLY_SCALED = [
 ]
 
 
-@pytest.mark.parametrize("example", BADLY_SCALED, ids=lambda example: example.name)
-def test_lbfgs_tells_scales_of_parameters_apart(example: Example):
+def scipy_lbfgs(example: Example) -> list[float]:
+    """The losses that scipy's evaluations give in 40 steps."""
     w, unravel = ravel_pytree(example.params)
     mean, losses = mean_loss(example, unravel), []
 
     def evaluate(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value, gradient = (np.asarray(part) for part in mean(w))
-        losses.append(value)
+        losses.append(float(value))
         return value, gradient
 
     options = {"maxiter": 40, "ftol": 0, "gtol": 0, "maxcor": 20}
     scipy.optimize.minimize(evaluate, np.asarray(w), jac=True, method="L-BFGS-B", options=options)
-    ours = fit(example, LBFGS(memory=20, tolerance=0), max_steps=40).history
-    evaluations = np.array(ours["sample_grads"]) / len(example.x)
-    # Measured: 0.49, 0.58 and 0.73 of scipy's evaluations; 0.98 to 1.04 with a multiple of the identity as h0.
-    assert np.min(evaluations[np.array(ours["loss"]) <= np.min(losses)]) <= 0.85 * len(losses)
+    return losses
+
+
+@pytest.mark.parametrize("example", BADLY_SCALED, ids=lambda example: example.name)
+def test_lbfgs_tells_scales_of_parameters_apart(example: Example):
+    ratios = []
+    for rng in map(np.random.default_rng, range(5)):  # some end in a worse minimum than scipy
+        start = jax.tree.map(lambda p, rng=rng: p + 0.1 * rng.standard_normal(np.shape(p)), example.params)
+        moved = example._replace(params=start)
+        theirs = scipy_lbfgs(moved)
+        ours = fit(moved, LBFGS(memory=20, tolerance=0), max_steps=60).history
+        evaluations = np.array(ours["sample_grads"]) / len(example.x)
+        reached = evaluations[np.array(ours["loss"]) <= min(theirs)]
+        ratios.append(np.min(reached, initial=np.inf) / len(theirs))
+    # Measured: ; with a multiple of the identity as h0 .
+    assert np.median(ratios) <= 0.7
 
 
 @every_full_batch_solver
