@@ -11,19 +11,20 @@ for Deep Learning, 2020).
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from subsetopt.linalg import inverse_root
+from subsetopt.model import Shape
 
 # Heuristics, measured. Most rows and columns of a tile, and most of the one for each of the other, for the long side's
 # factor is learned from as many vectors a pair as the short side has: n parameters have factors of 2 n to 8 n numbers.
 _SIDE, _ASPECT = 128, 8
 _KEEP, _FLOOR = 0.95, 0.1  # how fast factors forget; what share of their mean all eigenvalues get
 
-Shape = tuple[int, ...]
 Factors = tuple[tuple[Array, Array], ...]
 
 
@@ -58,11 +59,15 @@ class Kronecker:
         return _flat(self.shapes, [left @ t @ right for (left, right), t in tiles])
 
 
-def unlearned(shapes: tuple[Shape, ...], like: Array) -> Kronecker:
-    """Without a pair: all zeros, in the dtype of `like`."""
-    tiles = _tiles(shapes, jnp.zeros_like(like))
-    zeros = tuple((jnp.zeros_like(t @ t.mT), jnp.zeros_like(t.mT @ t)) for t in tiles)
-    return Kronecker(shapes, zeros, zeros)
+def unlearned(shapes: tuple[Shape, ...], dtype: Any) -> Kronecker:
+    """Without a pair: all zeros."""
+
+    def zeros(shape: Shape) -> tuple[Array, Array]:
+        down, across, a, b = _tiling(shape)
+        return jnp.zeros((down * across, a, a), dtype), jnp.zeros((down * across, b, b), dtype)
+
+    none = tuple(map(zeros, shapes))
+    return Kronecker(shapes, none, none)
 
 
 def _normalised(factors: Factors, mean: Array) -> Factors:

@@ -234,7 +234,7 @@ class LBFGS:
     def _empty(self, problem: Problem, w: Array) -> Pairs:
         none = jnp.zeros((self.memory, w.size), w.dtype)
         none_yet, r = jnp.zeros((), np.int32), jnp.eye(self.memory, dtype=w.dtype)
-        return Pairs(none, none, none_yet, r, unlearned(problem.shapes, w), jnp.zeros((), w.dtype))
+        return Pairs(none, none, none_yet, r, unlearned(problem.shapes, w.dtype), jnp.zeros((), w.dtype))
 
     def _search(self, problem: Problem, state: State, keeps: Array, runs: Array) -> State:
         """The state after a line search, without a trial unless it runs; STALLED where no trial lowers the loss."""

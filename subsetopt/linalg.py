@@ -16,9 +16,7 @@ from jax import Array, lax
 _PANELS = (4, 12)  # of rows of a triangle, at least and at most: k take (k + 1) / 2k of the Gram update's full work
 _LEAF = 64  # LAPACK gets twice this, and starts threads from 200
 _PANEL, _CORNER = 256, 128  # columns of the factorisation that are updated at once, and that are eliminated at once
-_ROOT_STEPS = (
-    12  # eigenvalues of the two roots' product begin at those of A over its norm and rise by 9 / 4 a step to 1
-)
+_ROOT_STEPS = 12  # the two roots' product has the eigenvalues of A over its norm at first; 9 / 4 times them, up to 1
 _SOLVE_PANELS = 1000, 4  # of rows, in substitutions: least height, and most of them; k read (k + 1) / 2k of the factor
 
 

@@ -19,6 +19,7 @@ from subsetopt import checks
 
 Params = Any
 Constants = dict[str, Any]
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Model:
 
     apply: Callable[[Params, Any, Array], Array]
     structure: Any
-    shapes: tuple[tuple[int, ...], ...]
-    trained: tuple[tuple[int, ...], ...]
+    shapes: tuple[Shape, ...]
+    trained: tuple[Shape, ...]
 
     def unflatten(self, w: Array, constants: Constants) -> Params:
         """The parameter tree of the trainable entries w (P,) and the frozen rest."""
@@ -103,7 +104,7 @@ def prepare(model: Any, params: Params | None, x: Any, seed: int, trainable: Any
     return static, full[constants["index"]].astype(dtype), constants
 
 
-def _trained(mask: np.ndarray) -> tuple[int, ...]:
+def _trained(mask: np.ndarray) -> Shape:
     return mask.shape if mask.all() else (int(mask.sum()),)
 
 

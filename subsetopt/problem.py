@@ -20,7 +20,7 @@ from subsetopt.devices import Devices, Kernel, choose, cost_analysis
 from subsetopt.drivers import Compiled, Host, Sample
 from subsetopt.linalg import add_gram
 from subsetopt.losses import LOSSES, Loss, resolve
-from subsetopt.model import Constants, Model, Params, prepare
+from subsetopt.model import Constants, Model, Params, Shape, prepare
 
 # Price of one example in sample_grads.
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
@@ -230,7 +230,7 @@ class Problem:
         return len(self.x)
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def shapes(self) -> tuple[Shape, ...]:
         """Of the parameter arrays of which w is made, one after the other."""
         return tuple(shape for shape in self.objective.model.trained if np.prod(shape) > 0)
 

@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subsetopt.kronecker import Kronecker, Shape, unlearned
+from subsetopt.kronecker import Kronecker, unlearned
+from subsetopt.model import Shape
 
 # Vectors, matrices, kernels, numbers; one tile, tiles that fill up, tiles with a rest, slim ones.
 SHAPES: list[tuple[Shape, ...]] = [
@@ -33,7 +33,7 @@ def count(shapes: tuple[Shape, ...]) -> int:
 
 
 def learned(shapes: tuple[Shape, ...], pairs: np.ndarray) -> Kronecker:
-    found = unlearned(shapes, jnp.zeros(count(shapes)))
+    found = unlearned(shapes, np.float64)
     for u in pairs:
         found = PLUS(found, u)
     return ROOTED(found)
