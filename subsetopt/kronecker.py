@@ -1,11 +1,11 @@
-"""The curvature that L-BFGS's pairs have met, as a Kronecker product for each tile of each parameter array.
+"""A power of the curvature that L-BFGS's pairs have met, as a Kronecker product for each parameter array.
 
-The sum C of y y' / s.y over pairs s, y is a curvature matrix, of P x P numbers. Of each tile U (a, b) of each array in
+The sum C of y y' / s.y over pairs s, y is a curvature matrix, of P x P numbers. Of each array U (r, c) in
 u = y / (s.y)^1/2 only L = sum U U' and R = sum U' U are kept: C is near L (x) R / tr L there. With gradients for u this
 is the preconditioner of Shampoo (Gupta, Koren and Singer, ICML 2018), its exponent doubled, for L (x) R / tr L is the
 nearest Kronecker product but for the rest of a power iteration (Morwani et al., A New Perspective on Shampoo's
-Preconditioner, 2024). Tiles bound what a factor costs, as the blocks of Anil et al. (Scalable Second Order Optimization
-for Deep Learning, 2020).
+Preconditioner, 2024). Of a large factor only blocks along the diagonal are kept, as in Anil et al. (Scalable Second
+Order Optimization for Deep Learning, 2020).
 """
 
 import dataclasses
@@ -20,79 +20,84 @@ from jax import Array
 from subsetopt.linalg import inverse_root
 from subsetopt.model import Shape
 
-# Heuristics, measured. Most rows and columns of a tile, and most of the one for each of the other, for the long side's
-# factor is learned from as many vectors a pair as the short side has: n parameters have factors of 2 n to 8 n numbers.
+# Heuristics, measured. Rows of a block, at most, and how many of them beside one column of the array: from so many
+# vectors a pair is its factor learned. n parameters have roots of at most 16 n numbers; those of a large square, 2 n.
 _SIDE, _ASPECT = 128, 8
-_KEEP, _FLOOR = 0.95, 0.1  # how fast factors forget; what share of their mean all eigenvalues get
+_FLOOR = 0.1  # what share of their mean all eigenvalues get
 
-Factors = tuple[tuple[Array, Array], ...]
+Factors = tuple[Array, Array]
 
 
-@partial(jax.tree_util.register_dataclass, meta_fields=["shapes"], data_fields=["factors", "roots"])
+@partial(jax.tree_util.register_dataclass, meta_fields=["shapes"], data_fields=["roots"])
 @dataclasses.dataclass(frozen=True)
 class Kronecker:
     """C^-1/2, over its scale, for parameters (P,) that are arrays of these shapes, one after the other.
 
-    factors: L (t, a, a) and R (t, b, b) of the t tiles of each array. roots: their powers -1/2 when last `rooted`.
+    roots: of each array, its L and R to the power -1/2, as blocks (down, a, a) and (across, b, b).
     """
 
     shapes: tuple[Shape, ...]
-    factors: Factors
-    roots: Factors
-
-    def plus(self, u: Array) -> "Kronecker":
-        """Of C + u u', u (P,), the older pairs fading."""
-        news = tuple((t @ t.mT, t.mT @ t) for t in _tiles(self.shapes, u))
-        factors = jax.tree.map(lambda old, new: _KEEP * old + new, self.factors, news)
-        return dataclasses.replace(self, factors=factors)
-
-    def rooted(self) -> "Kronecker":
-        """With the roots of the factors as they are now."""
-        traces = jnp.concatenate([_trace(left) for left, _ in self.factors])
-        mean = jnp.sum(traces) / sum(math.prod(shape) for shape in self.shapes)
-        roots = ((inverse_root(left), inverse_root(right)) for left, right in _normalised(self.factors, mean))
-        return dataclasses.replace(self, roots=tuple(roots))
+    roots: tuple[Factors, ...]
 
     def times(self, v: Array) -> Array:
         """C^-1/2 v, of v (P,)."""
-        tiles = zip(self.roots, _tiles(self.shapes, v), strict=True)
-        return _flat(self.shapes, [left @ t @ right for (left, right), t in tiles])
+        matrices = zip(self.roots, _matrices(self.shapes, v), strict=True)
+        return _flat(self.shapes, [_product(roots, matrix) for roots, matrix in matrices])
 
 
 def unlearned(shapes: tuple[Shape, ...], dtype: Any) -> Kronecker:
     """Without a pair: all zeros."""
 
-    def zeros(shape: Shape) -> tuple[Array, Array]:
-        down, across, a, b = _tiling(shape)
-        return jnp.zeros((down * across, a, a), dtype), jnp.zeros((down * across, b, b), dtype)
+    def zeros(shape: Shape) -> Factors:
+        down, across, a, b = _blocks(shape)
+        return jnp.zeros((down, a, a), dtype), jnp.zeros((across, b, b), dtype)
 
-    none = tuple(map(zeros, shapes))
-    return Kronecker(shapes, none, none)
-
-
-def _normalised(factors: Factors, mean: Array) -> Factors:
-    """Factors whose product is C over its mean, but for a floor under every eigenvalue and under every tile's mean."""
-    found = []
-    for left, right in factors:
-        trace, size = _trace(left), left.shape[-1] * right.shape[-1]
-        own = (1 - _FLOOR) * trace / (size * mean) + _FLOOR
-        found.append((_floored(left, trace), own * _floored(right, trace)))
-    return tuple(found)
+    return Kronecker(shapes, tuple(map(zeros, shapes)))
 
 
-def _floored(f: Array, trace: Array) -> Array:
+def learned(shapes: tuple[Shape, ...], us: Array) -> Kronecker:
+    """From the vector u of each pair, (m, P)."""
+    factors = [_factors(shape, u) for shape, u in zip(shapes, _matrices(shapes, us), strict=True)]
+    mean = jnp.sum(jnp.stack([_trace(right) for _, right in factors])) / us.shape[1]
+    roots = (_roots(shape, left, right, mean) for shape, (left, right) in zip(shapes, factors, strict=True))
+    return Kronecker(shapes, tuple(roots))
+
+
+def _factors(shape: Shape, u: Array) -> Factors:
+    """L and R from u (m, r, c)."""
+    down, across, a, b = _blocks(shape)
+    rows = u.reshape(len(u), down, a, -1).transpose(1, 2, 0, 3).reshape(down, a, -1)
+    columns = u.reshape(-1, across, b).transpose(1, 2, 0)
+    return rows @ rows.mT, columns @ columns.mT
+
+
+def _roots(shape: Shape, left: Array, right: Array, mean: Array) -> Factors:
+    """Roots of factors whose product is C over its mean, but for a floor under the array's mean and all eigenvalues."""
+    (rows, columns), trace = _sides(shape), _trace(right)
+    own = (1 - _FLOOR) * trace / (rows * columns * mean) + _FLOOR
+    return inverse_root(_floored(left, trace / rows)), inverse_root(own * _floored(right, trace / columns))
+
+
+def _floored(f: Array, mean: Array) -> Array:
     """A factor over the mean of its eigenvalues, the identity where they are zero; then the floor."""
-    eye, known = jnp.broadcast_to(jnp.eye(f.shape[-1], dtype=f.dtype), f.shape), trace > 0
-    f = jnp.where(known, f * (f.shape[-1] / jnp.where(known, trace, 1)), eye)
+    eye, known = jnp.broadcast_to(jnp.eye(f.shape[-1], dtype=f.dtype), f.shape), mean > 0
+    f = jnp.where(known, f / jnp.where(known, mean, 1), eye)
     return (1 - _FLOOR) * f + _FLOOR * eye
 
 
 def _trace(f: Array) -> Array:
-    """(t, 1, 1) of (t, n, n)."""
-    return jnp.trace(f, axis1=1, axis2=2)[:, None, None]
+    return jnp.sum(jnp.trace(f, axis1=1, axis2=2))
 
 
-# --- tiles ---------------------------------------------------------------------------------------------------------
+def _product(factors: Factors, matrix: Array) -> Array:
+    """L V R, V (r, c)."""
+    left, right = factors
+    (down, a, _), (across, b, _) = left.shape, right.shape
+    matrix = (matrix.reshape(-1, across, b).swapaxes(0, 1) @ right).swapaxes(0, 1)
+    return (left @ matrix.reshape(down, a, -1)).reshape(down * a, across * b)
+
+
+# --- arrays as matrices --------------------------------------------------------------------------------------------
 
 
 def _sides(shape: Shape) -> tuple[int, int]:
@@ -101,31 +106,27 @@ def _sides(shape: Shape) -> tuple[int, int]:
     return math.prod(shape) // columns, columns
 
 
-def _tiling(shape: Shape) -> tuple[int, int, int, int]:
-    """How many tiles there are down and across, and the rows and columns of each."""
+def _blocks(shape: Shape) -> tuple[int, int, int, int]:
+    """How many blocks of rows and of columns there are, and how many rows and columns are in each."""
     rows, columns = _sides(shape)
     down = -(-rows // min(_SIDE, _ASPECT * columns))
     across = -(-columns // min(_SIDE, _ASPECT * rows))
     return down, across, -(-rows // down), -(-columns // across)
 
 
-def _tiles(shapes: tuple[Shape, ...], v: Array) -> list[Array]:
-    """The tiles (t, a, b) of each array in v (P,), filled up with zeros."""
+def _matrices(shapes: tuple[Shape, ...], v: Array) -> list[Array]:
+    """The arrays in v (..., P) as matrices (..., r, c), filled up with zeros to whole blocks."""
     found, start = [], 0
     for shape in shapes:
-        (rows, columns), (down, across, a, b) = _sides(shape), _tiling(shape)
-        matrix = v[start : start + rows * columns].reshape(rows, columns)
-        matrix = jnp.pad(matrix, ((0, down * a - rows), (0, across * b - columns)))
-        found.append(matrix.reshape(down, a, across, b).swapaxes(1, 2).reshape(-1, a, b))
+        (rows, columns), (down, across, a, b) = _sides(shape), _blocks(shape)
+        matrix = v[..., start : start + rows * columns].reshape(*v.shape[:-1], rows, columns)
+        filling = (0, down * a - rows), (0, across * b - columns)
+        found.append(jnp.pad(matrix, ((0, 0),) * (v.ndim - 1) + filling))
         start += rows * columns
     return found
 
 
-def _flat(shapes: tuple[Shape, ...], tiles: list[Array]) -> Array:
+def _flat(shapes: tuple[Shape, ...], matrices: list[Array]) -> Array:
     """The other way round: (P,)."""
-    pieces = []
-    for shape, own in zip(shapes, tiles, strict=True):
-        (rows, columns), (down, across, a, b) = _sides(shape), _tiling(shape)
-        matrix = own.reshape(down, across, a, b).swapaxes(1, 2).reshape(down * a, across * b)
-        pieces.append(matrix[:rows, :columns].reshape(-1))
-    return jnp.concatenate(pieces)
+    sides = map(_sides, shapes)
+    return jnp.concatenate([m[:rows, :columns].reshape(-1) for (rows, columns), m in zip(sides, matrices, strict=True)])

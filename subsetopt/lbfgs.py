@@ -1,7 +1,7 @@
 """LBFGS: limited-memory BFGS with a Wolfe line search on the subset's deterministic loss.
 
 Nocedal and Wright, Numerical Optimization (2006), Algorithm 7.5. Their s_k, y_k, H_k^0 are s, y, h0 here. Differs in:
-H_k^0 is learned from all pairs met (kronecker.py), not a multiple of the identity; the direction comes from matrix
+H_k^0 is learned from the pairs (kronecker.py), not a multiple of the identity; the direction comes from matrix
 products; pairs are accepted by a test free of the loss's scale; the memory is cleared where the subset changes (another
 objective) and once where a line search fails.
 """
@@ -18,11 +18,11 @@ from jax.scipy.linalg import solve_triangular
 
 from subsetopt import checks, linesearch
 from subsetopt.growth import Growth
-from subsetopt.kronecker import Kronecker, unlearned
+from subsetopt.kronecker import Kronecker, learned, unlearned
 from subsetopt.problem import GRADIENT, Evaluation, Problem
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
-_ROOTS_EVERY = 32  # pairs, and at each power of two before: heuristic, measured
+_ROOTS_EVERY = 20  # pairs, and at each power of two before: heuristic, measured
 
 
 class Pairs(NamedTuple):
@@ -32,8 +32,7 @@ class Pairs(NamedTuple):
     met: pairs since the memory was cleared; its last m are there.
     r (m, m): s_i.y_j for i <= j, oldest first, ones on the diagonal before the first pair; what is below it is not in
     use.
-    curvature: of all pairs met, the older ones fading; scale (): times its power -1/2, it is the matrix that the pairs
-    correct, zeros without any.
+    curvature: of the pairs that were there when it was last learned; its power -1/2, scaled, is what the pairs correct.
     """
 
     s: Array
@@ -41,7 +40,6 @@ class Pairs(NamedTuple):
     met: Array
     r: Array
     curvature: Kronecker
-    scale: Array
 
     def by_age(self, values: Array) -> Array:
         """A value for each place (m,), oldest pair first, zeros before the first one."""
@@ -96,8 +94,15 @@ def _quasi_newton(pairs: Pairs, grad: Array) -> Array:
     """
     s, y, r = pairs.s, pairs.y, pairs.r
     alpha = solve_triangular(r, pairs.by_age(s @ grad))
-    q = pairs.scale * pairs.curvature.times(grad - pairs.by_place(alpha) @ y)
+    q = _h0(pairs, grad - pairs.by_place(alpha) @ y)
     return -(q + pairs.by_place(solve_triangular(r, jnp.diag(r) * alpha - pairs.by_age(y @ q), trans=1)) @ s)
+
+
+def _h0(pairs: Pairs, v: Array) -> Array:
+    """C^-1/2 v, scaled so that y.h0 y = s.y for the last pair, as in (7.20); zeros without pairs."""
+    y = pairs.y[(pairs.met - 1) % len(pairs.y)]
+    v, h0y = pairs.curvature.times(v), pairs.curvature.times(y)
+    return jnp.where(pairs.met > 0, pairs.r[-1, -1] / jnp.vdot(y, h0y), 0) * v
 
 
 @jax.jit
@@ -159,28 +164,31 @@ def _remember(pairs: Pairs, keeps: Array, w: Array, w0: Array, grad: Array, grad
     ss, ys = (old.at[place].set(jnp.where(good, new, old[place])) for old, new in ((pairs.s, s), (pairs.y, y)))
     pushed = pairs._replace(s=ss, y=ys, met=pairs.met + 1)
     r = jnp.pad(pairs.r[1:, 1:], (0, 1)).at[:, -1].set(pushed.by_age(ss @ y))
-    curvature = _learned(pairs.curvature.plus(y / jnp.sqrt(sy)), pushed.met)
-    # So that y.h0 y = s.y for the last pair, as in (7.20).
-    pushed = pushed._replace(r=r, curvature=curvature, scale=sy / jnp.vdot(y, curvature.times(y)))
+    pushed = _learned(pushed._replace(r=r))
     return jax.tree.map(partial(jnp.where, good), pushed, pairs._replace(s=ss, y=ys))
 
 
 def _kept(pairs: Pairs, keeps: Array) -> Pairs:
     """The pairs, or none: what is in their places is not touched."""
     r = jnp.where(keeps, pairs.r, jnp.eye(len(pairs.r), dtype=pairs.r.dtype))
-    met, curvature, scale = jax.tree.map(lambda a: jnp.where(keeps, a, 0), (pairs.met, pairs.curvature, pairs.scale))
-    return pairs._replace(met=met, r=r, curvature=curvature, scale=scale)
+    return pairs._replace(met=jnp.where(keeps, pairs.met, 0), r=r)
 
 
-def _learned(curvature: Kronecker, met: Array) -> Kronecker:
-    """With roots renewed from time to time, for they are dear.
+def _learned(pairs: Pairs) -> Pairs:
+    """With the curvature of the pairs that are there now, from time to time, for that is dear.
 
     The power -1/2, not -1, is a heuristic: it evens out what few pairs tell. To the last loss of a multiple of the
     identity this takes 0.41 of its evaluations on digits, 0.51 on MNIST with a dense and 0.52 with a convolutional
     network, 0.75 on a regression (geometric means of 4, 2, 1 and 4 starts); the diagonal alone 0.70, 0.91, 1 and 0.82.
     """
-    due = (met & (met - 1) == 0) | (met % _ROOTS_EVERY == 0)
-    return jax.lax.cond(due, Kronecker.rooted, lambda same: same, curvature)
+
+    def learn() -> Kronecker:
+        there = jnp.arange(len(pairs.r), dtype=np.int32) >= len(pairs.r) - pairs.met
+        weights = pairs.by_place(jnp.where(there, 1 / jnp.sqrt(jnp.diag(pairs.r)), 0))
+        return learned(pairs.curvature.shapes, weights[:, None] * pairs.y)
+
+    due = (pairs.met & (pairs.met - 1) == 0) | (pairs.met % _ROOTS_EVERY == 0)
+    return pairs._replace(curvature=jax.lax.cond(due, learn, lambda: pairs.curvature))
 
 
 @jax.jit
@@ -192,7 +200,7 @@ def _unless_stalled(status: Array, found: Array, runs: Array) -> Array:
 class LBFGS:
     """Limited-memory BFGS; costs about one evaluation of the subset a step.
 
-    memory: pairs kept, of 2 P numbers each, beside a factored curvature of 4 P to 16 P.
+    memory: pairs kept, of 2 P numbers each, beside a factored curvature of P to 16 P.
     tolerance: CONVERGED when the gradient norm is this fraction of the largest one met; None: 1e-4 in float32, 1e-7
         in float64.
     max_trials: evaluations a line search may take; the best point is kept.
@@ -234,7 +242,7 @@ class LBFGS:
     def _empty(self, problem: Problem, w: Array) -> Pairs:
         none = jnp.zeros((self.memory, w.size), w.dtype)
         none_yet, r = jnp.zeros((), np.int32), jnp.eye(self.memory, dtype=w.dtype)
-        return Pairs(none, none, none_yet, r, unlearned(problem.shapes, w.dtype), jnp.zeros((), w.dtype))
+        return Pairs(none, none, none_yet, r, unlearned(problem.shapes, w.dtype))
 
     def _search(self, problem: Problem, state: State, keeps: Array, runs: Array) -> State:
         """The state after a line search, without a trial unless it runs; STALLED where no trial lowers the loss."""
