@@ -9,6 +9,7 @@ Order Optimization for Deep Learning, 2020).
 """
 
 import dataclasses
+import itertools
 import math
 from functools import partial
 from typing import Any
@@ -33,7 +34,8 @@ Factors = tuple[Array, Array]
 class Kronecker:
     """C^-1/2, over its scale, for parameters (P,) that are arrays of these shapes, one after the other.
 
-    roots: of each array, its L and R to the power -1/2, as blocks (down, a, a) and (across, b, b).
+    roots: for the n arrays of each shape that there is, L and R to the power -1/2, as blocks (n, down, a, a) and
+    (n, across, b, b).
     """
 
     shapes: tuple[Shape, ...]
@@ -42,32 +44,34 @@ class Kronecker:
     def times(self, v: Array) -> Array:
         """C^-1/2 v, of v (P,)."""
         matrices = zip(self.roots, _matrices(self.shapes, v), strict=True)
-        return _flat(self.shapes, [_product(roots, matrix) for roots, matrix in matrices])
+        return _flat(self.shapes, [_product(*roots, matrix) for roots, matrix in matrices])
 
 
 def unlearned(shapes: tuple[Shape, ...], dtype: Any) -> Kronecker:
     """Without a pair: all zeros."""
 
-    def zeros(shape: Shape) -> Factors:
+    def zeros(shape: Shape, n: int) -> Factors:
         down, across, a, b = _blocks(shape)
-        return jnp.zeros((down, a, a), dtype), jnp.zeros((across, b, b), dtype)
+        return jnp.zeros((n, down, a, a), dtype), jnp.zeros((n, across, b, b), dtype)
 
-    return Kronecker(shapes, tuple(map(zeros, shapes)))
+    return Kronecker(shapes, tuple(zeros(shape, len(starts)) for shape, starts in _places(shapes).items()))
 
 
 def learned(shapes: tuple[Shape, ...], us: Array) -> Kronecker:
     """From the vector u of each pair, (m, P)."""
-    factors = [_factors(shape, u) for shape, u in zip(shapes, _matrices(shapes, us), strict=True)]
-    mean = jnp.sum(jnp.stack([_trace(right) for _, right in factors])) / us.shape[1]
-    roots = (_roots(shape, left, right, mean) for shape, (left, right) in zip(shapes, factors, strict=True))
+    different = _places(shapes)
+    factors = [_factors(shape, u) for shape, u in zip(different, _matrices(shapes, us), strict=True)]
+    mean = jnp.sum(jnp.concatenate([_trace(right) for _, right in factors])) / us.shape[1]
+    roots = (_roots(shape, left, right, mean) for shape, (left, right) in zip(different, factors, strict=True))
     return Kronecker(shapes, tuple(roots))
 
 
 def _factors(shape: Shape, u: Array) -> Factors:
-    """L and R from u (m, r, c)."""
+    """L and R from u (n, m, r, c)."""
     down, across, a, b = _blocks(shape)
-    rows = u.reshape(len(u), down, a, -1).transpose(1, 2, 0, 3).reshape(down, a, -1)
-    columns = u.reshape(-1, across, b).transpose(1, 2, 0)
+    n, m, *_ = u.shape
+    rows = u.reshape(n, m, down, a, -1).transpose(0, 2, 3, 1, 4).reshape(n, down, a, -1)
+    columns = u.reshape(n, -1, across, b).transpose(0, 2, 3, 1)
     return rows @ rows.mT, columns @ columns.mT
 
 
@@ -75,29 +79,38 @@ def _roots(shape: Shape, left: Array, right: Array, mean: Array) -> Factors:
     """Roots of factors whose product is C over its mean, but for a floor under the array's mean and all eigenvalues."""
     (rows, columns), trace = _sides(shape), _trace(right)
     own = (1 - _FLOOR) * trace / (rows * columns * mean) + _FLOOR
-    return inverse_root(_floored(left, trace / rows)), inverse_root(own * _floored(right, trace / columns))
+    right = own[:, None, None, None] * _floored(right, trace / columns)
+    return inverse_root(_floored(left, trace / rows)), inverse_root(right)
 
 
 def _floored(f: Array, mean: Array) -> Array:
-    """A factor over the mean of its eigenvalues, the identity where they are zero; then the floor."""
-    eye, known = jnp.broadcast_to(jnp.eye(f.shape[-1], dtype=f.dtype), f.shape), mean > 0
-    f = jnp.where(known, f / jnp.where(known, mean, 1), eye)
+    """Factors over the mean of their eigenvalues, the identity where they are zero; then the floor."""
+    eye, mean = jnp.broadcast_to(jnp.eye(f.shape[-1], dtype=f.dtype), f.shape), mean[:, None, None, None]
+    f = jnp.where(mean > 0, f / jnp.where(mean > 0, mean, 1), eye)
     return (1 - _FLOOR) * f + _FLOOR * eye
 
 
 def _trace(f: Array) -> Array:
-    return jnp.sum(jnp.trace(f, axis1=1, axis2=2))
+    """(n,) of blocks (n, k, a, a)."""
+    return jnp.sum(jnp.trace(f, axis1=2, axis2=3), axis=1)
 
 
-def _product(factors: Factors, matrix: Array) -> Array:
-    """L V R, V (r, c)."""
-    left, right = factors
-    (down, a, _), (across, b, _) = left.shape, right.shape
-    matrix = (matrix.reshape(-1, across, b).swapaxes(0, 1) @ right).swapaxes(0, 1)
-    return (left @ matrix.reshape(down, a, -1)).reshape(down * a, across * b)
+def _product(left: Array, right: Array, matrices: Array) -> Array:
+    """L V R of each V in (n, r, c)."""
+    (n, down, a, _), (_, across, b, _) = left.shape, right.shape
+    matrices = (matrices.reshape(n, -1, across, b).swapaxes(1, 2) @ right).swapaxes(1, 2)
+    return (left @ matrices.reshape(n, down, a, -1)).reshape(n, down * a, across * b)
 
 
 # --- arrays as matrices --------------------------------------------------------------------------------------------
+
+
+def _places(shapes: tuple[Shape, ...]) -> dict[Shape, list[int]]:
+    """Where the arrays of each shape begin: all of them are computed at once, for a program of few operations."""
+    found: dict[Shape, list[int]] = {}
+    for shape, end in zip(shapes, itertools.accumulate(map(math.prod, shapes)), strict=True):
+        found.setdefault(shape, []).append(end - math.prod(shape))
+    return found
 
 
 def _sides(shape: Shape) -> tuple[int, int]:
@@ -115,18 +128,20 @@ def _blocks(shape: Shape) -> tuple[int, int, int, int]:
 
 
 def _matrices(shapes: tuple[Shape, ...], v: Array) -> list[Array]:
-    """The arrays in v (..., P) as matrices (..., r, c), filled up with zeros to whole blocks."""
-    found, start = [], 0
-    for shape in shapes:
+    """The arrays of each shape in v (..., P) as matrices (n, ..., r, c), filled up with zeros to whole blocks."""
+    found = []
+    for shape, starts in _places(shapes).items():
         (rows, columns), (down, across, a, b) = _sides(shape), _blocks(shape)
-        matrix = v[..., start : start + rows * columns].reshape(*v.shape[:-1], rows, columns)
+        same = jnp.stack([v[..., start : start + rows * columns] for start in starts])
         filling = (0, down * a - rows), (0, across * b - columns)
-        found.append(jnp.pad(matrix, ((0, 0),) * (v.ndim - 1) + filling))
-        start += rows * columns
+        found.append(jnp.pad(same.reshape(*same.shape[:-1], rows, columns), ((0, 0),) * v.ndim + filling))
     return found
 
 
 def _flat(shapes: tuple[Shape, ...], matrices: list[Array]) -> Array:
     """The other way round: (P,)."""
-    sides = map(_sides, shapes)
-    return jnp.concatenate([m[:rows, :columns].reshape(-1) for (rows, columns), m in zip(sides, matrices, strict=True)])
+    pieces: dict[int, Array] = {}
+    for (shape, starts), same in zip(_places(shapes).items(), matrices, strict=True):
+        rows, columns = _sides(shape)
+        pieces |= zip(starts, same[:, :rows, :columns].reshape(len(starts), -1), strict=True)
+    return jnp.concatenate([pieces[start] for start in sorted(pieces)])

@@ -9,12 +9,13 @@ import pytest
 from subsetopt.kronecker import Kronecker, learned
 from subsetopt.model import Shape
 
-# Vectors, matrices, kernels, numbers; one block, blocks with a rest, slim ones.
+# Vectors, matrices, kernels, numbers; one block, blocks with a rest, slim ones; several arrays of a shape.
 SHAPES: list[tuple[Shape, ...]] = [
     ((5,), (6, 5)),
     ((3, 3, 2, 8), (), (8,)),
     ((130, 3), (3,), (260, 300)),
     ((1, 40), (2, 40), (40, 1)),
+    ((4,), (30, 4), (4,), (30, 4), (30, 4), ()),
 ]
 LEARNED, TIMES = jax.jit(learned, static_argnums=0), jax.jit(Kronecker.times)
 
