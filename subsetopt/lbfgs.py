@@ -183,8 +183,8 @@ def _learned(pairs: Pairs) -> Pairs:
     """
 
     def learn() -> Kronecker:
-        there = jnp.arange(len(pairs.r), dtype=np.int32) >= len(pairs.r) - pairs.met
-        weights = pairs.by_place(jnp.where(there, 1 / jnp.sqrt(jnp.diag(pairs.r)), 0))
+        sy = jnp.diag(pairs.r)
+        weights = pairs.by_place(pairs.by_age(jnp.ones_like(sy)) / jnp.sqrt(sy))  # zero where no pair is
         return learned(pairs.curvature.shapes, weights[:, None] * pairs.y)
 
     due = (pairs.met & (pairs.met - 1) == 0) | (pairs.met % _ROOTS_EVERY == 0)
