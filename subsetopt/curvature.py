@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from subsetopt.drivers import Sample
-from subsetopt.linalg import add_gram, cholesky, cholesky_solve, symmetric_product
+from subsetopt.linalg import Factor, add_gram, cholesky, cholesky_solve, symmetric_product
 from subsetopt.problem import PRODUCT, Problem, gradient_flops
 
 PRECISIONS = ("highest", "float32", "tensorfloat32", "bfloat16_3x", "bfloat16", "default")
@@ -288,7 +288,7 @@ def _pushed(window: int, averaging: float, kept: RowSpace, new: Array, c: Array 
     return RowSpace(rows, root, gram, kept.c if c is None else c.reshape(-1), samples)
 
 
-def _inverse(kept: RowSpace, factor: Array, damping: Array, v: Array) -> Array:
+def _inverse(kept: RowSpace, factor: Factor, damping: Array, v: Array) -> Array:
     """(R'R + damping I)^-1 v by Woodbury: v minus what the rows see of it, over the damping."""
     return (v - kept.transposed(cholesky_solve(factor, kept.times(v)))) / damping
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 # All measured, two AVX-512 cores.
-_PANELS = (4, 12)  # of rows of a triangle, at least and at most: k take (k + 1) / 2k of the Gram update's full work
+_PANELS = (4, 12)  # of rows of a triangle, at least and at most: k take (k + 1) / 2k of the square's work and memory
 _LEAF = 64  # LAPACK gets twice this, and starts threads from 200
 _PANEL, _CORNER = 256, 128  # columns of the factorisation that are updated at once, and that are eliminated at once
 _ROOT_STEPS = 12  # the two roots' product has the eigenvalues of A over its norm at first; 9 / 4 times them, up to 1
-_SOLVE_PANELS = 1000, 4  # of rows, in substitutions: least height, and most of them; k read (k + 1) / 2k of the factor
+
+Factor = tuple[Array, ...]  # panels of rows of a lower triangle (h, stop), up to the last diagonal; zeros above it
 
 
 def add_gram(gram: Array, rows: Array) -> Array:
@@ -73,8 +74,9 @@ def symmetric_product(a: Array, v: Array) -> Array:
 
 
 def _row_panels(p: int) -> list[tuple[int, int]]:
-    """Where panels of rows of a (P, P) triangle begin and end."""
+    """Where panels of rows of a (P, P) triangle begin and end, in columns that a factorisation updates at once."""
     height = -(-p // min(max(p // 1000, _PANELS[0]), _PANELS[1]))
+    height = -(-height // _PANEL) * _PANEL
     return [(start, min(start + height, p)) for start in range(0, p, height)]
 
 
@@ -85,17 +87,17 @@ def _plain_product(rows: Array) -> Callable[[int, int], Array]:
 
 def _rounded_product(rows: Array) -> Callable[[int, int], Array]:
     """The same with R rounded to bfloat16; on CPUs with matrix units four times as fast."""
-    # Both factors in memory with n along the rows, which is what XLA's fast kernels ask for; a bare transpose it would
-    # fold into the product again. The condition always holds.
-    columns = jnp.where(jnp.arange(rows.shape[1])[:, None] >= 0, rows.T, 0).astype(jnp.bfloat16)
+    # Both factors in memory with n along the rows, which is what XLA's fast kernels ask for; without the barrier it
+    # would fold the transpose into the product again.
+    columns = lax.optimization_barrier(rows.T.astype(jnp.bfloat16))
     along = (((1,), (1,)), ((), ()))
     return lambda start, stop: lax.dot_general(
         columns[start:stop], columns[:stop], along, preferred_element_type=rows.dtype
     )
 
 
-def cholesky(a: Array, damping: Array | float = 0.0) -> Array:
-    """The lower factor of a + damping I, a (P, P), zero above the diagonal; NaN in it where there is none.
+def cholesky(a: Array, damping: Array | float = 0.0) -> Factor:
+    """The lower factor of a + damping I, a (P, P), in panels of rows; NaN in it where there is none.
 
     Reads the lower triangle of a only. Nothing is won by donating a.
     """
@@ -103,14 +105,15 @@ def cholesky(a: Array, damping: Array | float = 0.0) -> Array:
     return lax.platform_dependent(a, damping, cpu=_blocked_cholesky, default=_library_cholesky)
 
 
-def cholesky_solve(factor: Array, b: Array) -> Array:
+def cholesky_solve(factor: Factor, b: Array) -> Array:
     """The x of A x = b, b (P,) or (P, k), from the factor of A that `cholesky` gives, zeros and all."""
     columns = b if b.ndim == 2 else b[:, None]
     return lax.platform_dependent(factor, columns, cpu=_blocked_solve, default=_library_solve).reshape(b.shape)
 
 
-def _library_cholesky(a: Array, damping: Array) -> Array:
-    return lax.linalg.cholesky(_damped(a, damping), symmetrize_input=False)
+def _library_cholesky(a: Array, damping: Array) -> Factor:
+    factor = lax.linalg.cholesky(_damped(a, damping), symmetrize_input=False)
+    return tuple(factor[start:stop, :stop] for start, stop in _row_panels(len(a)))
 
 
 def _damped(a: Array, damping: Array) -> Array:
@@ -118,28 +121,41 @@ def _damped(a: Array, damping: Array) -> Array:
     return a.at[diagonal, diagonal].add(damping)
 
 
-def _library_solve(factor: Array, b: Array) -> Array:
-    half = lax.linalg.triangular_solve(factor, b, left_side=True, lower=True)
-    return lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+def _library_solve(factor: Factor, b: Array) -> Array:
+    whole = jnp.concatenate([jnp.pad(panel, ((0, 0), (0, len(b) - panel.shape[1]))) for panel in factor])
+    half = lax.linalg.triangular_solve(whole, b, left_side=True, lower=True)
+    return lax.linalg.triangular_solve(whole, half, left_side=True, lower=True, transpose_a=True)
 
 
-def _blocked_cholesky(a: Array, damping: Array) -> Array:
-    """Left-looking, panel by panel of columns, into a matrix of zeros.
+def _blocked_cholesky(a: Array, damping: Array) -> Factor:
+    """Left-looking, panel by panel of columns, into zeros.
 
     Not into a: XLA may compute a panel anew where it is used, and copies a whole matrix to have its old content then.
     The damping is added to the corners alone, for the same reason: a is not copied.
     """
-    p = a.shape[0]
-    factor = jnp.zeros_like(a)
-    for start in range(0, p, _PANEL):
-        stop = min(start + _PANEL, p)
-        panel = a[start:, start:stop]
-        if start:
-            done = factor[start:, :start]
-            panel = panel - _product(done, done[: stop - start], 1, 1)
-        for offset, columns in _eliminated(panel, damping):
-            factor = lax.dynamic_update_slice(factor, columns, (start + offset, start + offset))
-    return factor
+    factor = [jnp.zeros((stop - start, stop), a.dtype) for start, stop in _row_panels(len(a))]
+    for start in range(0, len(a), _PANEL):
+        own = start // len(factor[0])
+        for offset, columns in _eliminated(_updated(a, factor[own:], start), damping):
+            factor[own:] = [_with_columns(panel, columns, start + offset) for panel in factor[own:]]
+    return tuple(factor)
+
+
+def _updated(a: Array, panels: list[Array], start: int) -> Array:
+    """The next columns of a, from row `start` on, less what the factor's columns before them account for."""
+    next_columns = a[start:, start : start + _PANEL]
+    if start == 0:
+        return next_columns
+    done = [panel[max(start - panel.shape[1], -len(panel)) :, :start] for panel in panels]
+    left = done[0][:_PANEL]
+    return next_columns - jnp.concatenate([_product(rows, left, 1, 1) for rows in done])
+
+
+def _with_columns(panel: Array, columns: Array, first: int) -> Array:
+    """The panel of rows with its part of the factor's columns, which begin on the diagonal at `first`."""
+    height, stop = panel.shape
+    top = max(stop - height, first)
+    return lax.dynamic_update_slice(panel, columns[top - first : stop - first], (top - stop + height, first))
 
 
 def _eliminated(panel: Array, damping: Array) -> Iterator[tuple[int, Array]]:
@@ -191,52 +207,55 @@ def _leaf(a: Array) -> tuple[Array, Array]:
     return factor[:n, :n], factor[n:, :n].T
 
 
-def _blocked_solve(factor: Array, b: Array) -> Array:
-    """Both substitutions by blocks of rows, which lie together in memory: each is read once on the way.
+def _blocked_solve(factor: Factor, b: Array) -> Array:
+    """Both substitutions, panel by panel of rows, whose numbers lie together in memory: each is read once a way."""
+    x = b
+    for panel in factor:
+        x = _forward(panel, x)
+    for panel in reversed(factor):
+        x = _backward(panel, x)
+    return x
 
-    Panel by panel of blocks, of whose rows the zeros behind the panel are not read.
-    """
-    p, k = b.shape
-    whole = p - p % _LEAF
-    least, most = _SOLVE_PANELS
-    height = -(-max(least, p // most) // _LEAF) * _LEAF
-    panels = [(start, min(start + height, whole)) for start in range(0, whole, height)]
 
-    # The corner is transposed for LAPACK, which wants columns together: else XLA transposes the whole factor before.
-    def block(x: Array, start: Array | int, stop: int, size: int) -> tuple[Array, Array, Array]:
-        rows = lax.dynamic_slice(factor, (start, 0), (size, stop))
-        return rows, lax.dynamic_slice(rows, (0, start), (size, size)).T, lax.dynamic_slice(x, (start, 0), (size, k))
+def _forward(panel: Array, x: Array) -> Array:
+    """L y = b for the panel's rows: x is y before them, and b from there on."""
 
-    def forward(x: Array, start: Array | int, stop: int, size: int) -> Array:
-        rows, corner, own = block(x, start, stop, size)
-        known = jnp.where(jnp.arange(stop)[:, None] < start, x[:stop], 0)
-        own = lax.linalg.triangular_solve(
-            corner, own - _product(rows, known, 1, 0), left_side=True, lower=False, transpose_a=True
-        )
+    def solve(i: Array | int, x: Array, size: int = _LEAF) -> Array:
+        rows, corner, own, start = _block(panel, x, i, size)
+        known = jnp.where(jnp.arange(panel.shape[1])[:, None] < start, x[: panel.shape[1]], 0)
+        own = own - _product(rows, known, 1, 0)
+        own = lax.linalg.triangular_solve(corner, own, left_side=True, lower=False, transpose_a=True)
         return lax.dynamic_update_slice(x, own, (start, 0))
 
-    def backward(x: Array, start: Array | int, stop: int, size: int) -> Array:
-        rows, corner, own = block(x, start, stop, size)
+    whole, rest = divmod(len(panel), _LEAF)
+    x = lax.fori_loop(0, whole, solve, x) if whole else x
+    return solve(whole, x, rest) if rest else x
+
+
+def _backward(panel: Array, x: Array) -> Array:
+    """L'x = y for the panel's rows, of which those behind it have had their share."""
+
+    def solve(i: Array | int, x: Array, size: int = _LEAF) -> Array:
+        rows, corner, own, start = _block(panel, x, i, size)
         own = lax.linalg.triangular_solve(corner, own, left_side=True, lower=False)
         # Zeros above the diagonal: the unknowns already found stay.
-        others = lax.dynamic_update_slice(x, x[:stop] - _product(rows, own, 0, 0), (0, 0))
+        others = lax.dynamic_update_slice(x, x[: panel.shape[1]] - _product(rows, own, 0, 0), (0, 0))
         return lax.dynamic_update_slice(others, own, (start, 0))
 
-    def down(x: Array, start: int, stop: int) -> Array:
-        return lax.fori_loop(start // _LEAF, stop // _LEAF, lambda i, x: forward(x, i * _LEAF, stop, _LEAF), x)
+    whole, rest = divmod(len(panel), _LEAF)
+    x = solve(whole, x, rest) if rest else x
+    return lax.fori_loop(0, whole, lambda i, x: solve(whole - 1 - i, x), x) if whole else x
 
-    def up(x: Array, start: int, stop: int) -> Array:
-        blocks = (stop - start) // _LEAF
-        return lax.fori_loop(0, blocks, lambda i, x: backward(x, stop - (i + 1) * _LEAF, stop, _LEAF), x)
 
-    x = b
-    for panel in panels:
-        x = down(x, *panel)
-    if whole < p:
-        x = backward(forward(x, whole, p, p - whole), whole, p, p - whole)
-    for panel in reversed(panels):
-        x = up(x, *panel)
-    return x
+def _block(panel: Array, x: Array, i: Array | int, size: int) -> tuple[Array, Array, Array, Array | int]:
+    """The i-th block of the panel's rows, its corner's transpose, its part of x, and where that begins.
+
+    LAPACK wants columns together: without the transpose XLA would transpose the whole panel before.
+    """
+    start = panel.shape[1] - len(panel) + i * _LEAF
+    rows = lax.dynamic_slice(panel, (i * _LEAF, 0), (size, panel.shape[1]))
+    corner = lax.dynamic_slice(rows, (0, start), (size, size)).T
+    return rows, corner, lax.dynamic_slice(x, (start, 0), (size, x.shape[1])), start
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
