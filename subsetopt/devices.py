@@ -131,8 +131,11 @@ class Devices:
         """Split along the first dimension where an axis is given, else all of it on each device."""
         return jax.device_put(tree, NamedSharding(Mesh(np.array(self.local), (AXIS,)), PartitionSpec(*axes)))
 
-    def run(self, kernel: Kernel, static: Any, sums: Any, shared: Any, block: Any) -> tuple[Any, Any]:
-        """This process's part of one block: arrays whose rows are split evenly over the local devices."""
+    def run(self, kernel: Kernel, static: Any, sums: Any, shared: Any, block: Any) -> tuple[Any, Any, Array]:
+        """This process's part of one block: arrays whose rows are split evenly over the local devices.
+
+        The sums, the values, and a number that is there when they are: the sums are given away to the next block.
+        """
         if self.count > 1:
             block = jax.tree.map(lambda a: a.reshape(len(self.local), -1, *a.shape[1:]), block)
         return _block_program(kernel, self)(static, sums, shared, block)
@@ -206,12 +209,15 @@ def _from_every_process(sharding: NamedSharding, a: Any) -> Array:
 
 @functools.lru_cache(maxsize=256)
 def _block_program(kernel: Kernel, devices: Devices) -> Callable:
+    def program(static: Any, sums: Any, shared: Any, block: Any) -> tuple[Any, Any, Array]:
+        sums, values = kernel(static, sums, shared, block)
+        return sums, values, jax.tree.leaves((sums, values))[0].ravel()[:1]
+
     if devices.count == 1:
-        return jax.jit(kernel, static_argnums=0, donate_argnums=1)
+        return jax.jit(program, static_argnums=0, donate_argnums=1)
     # Each process works on its own: what they computed is added by `finish` alone.
-    return jax.pmap(
-        kernel, AXIS, in_axes=(None, 0, None, 0), static_broadcasted_argnums=0, donate_argnums=1, devices=devices.local
-    )
+    axes = (None, 0, None, 0)
+    return jax.pmap(program, AXIS, in_axes=axes, static_broadcasted_argnums=0, donate_argnums=1, devices=devices.local)
 
 
 @functools.lru_cache(maxsize=64)

@@ -72,14 +72,13 @@ class Host:
         for start in range(0, int(sample.count), size):
             start += part * devices.first
             block = _block(data, sample, extra, start, width)
-            sums, values = devices.run(kernel, static, sums, shared, block)
-            waiting.append((start, values))
+            sums, values, done = devices.run(kernel, static, sums, shared, block)
+            waiting.append((start, values, done))
             if len(waiting) > _AHEAD:
-                first, done = waiting.pop(0)
-                each = self._keep(each, first, done, sample)
+                each = self._keep(each, sample, *waiting.pop(0))
             pages.read(*block)
-        for start, values in waiting:
-            each = self._keep(each, start, values, sample)
+        for made in waiting:
+            each = self._keep(each, sample, *made)
         pages.release()
         return devices.finish(sums, each)
 
@@ -92,8 +91,9 @@ class Host:
             total += values @ weights[part].astype(np.float64)
         return new.dtype.type(total)
 
-    def _keep(self, each: Any, start: int, values: Any, sample: Sample) -> Any:
+    def _keep(self, each: Any, sample: Sample, start: int, values: Any, done: Array) -> Any:
         """Write a block's per-example values to their place in `each`, made by the first one; waits for the block."""
+        done.block_until_ready()  # not every kernel has values: nothing else keeps XLA from taking in 32 blocks
         values = jax.tree.map(lambda v: self.devices.rows(np.asarray(v)), values)
         if each is None:
             each = jax.tree.map(lambda v: np.zeros((len(sample.indices), *v.shape[1:]), v.dtype), values)

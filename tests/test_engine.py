@@ -157,6 +157,32 @@ def test_driver_of_a_cpu_is_compiled_where_calls_would_be_most_of_a_step(solver:
         assert fit(solver, (x, y), max_steps=1).driver == driver
 
 
+@pytest.mark.parametrize("kernel", ["gram", "product", "evaluate"])
+def test_host_driver_is_few_blocks_ahead_of_the_device(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    """Whatever a block gives back: else more and more data would wait on the device."""
+    x = np.ones((40 * 64, 256), np.float32)
+    model = lambda w, x: jnp.tanh(x @ w.reshape(256, 2))  # noqa: E731
+    problem, w = make_problem(model, (x, x[:, :2]), np.zeros(512, np.float32), loss="squared_error", block_size=64)
+    begun, unfinished, run = [], [], Devices.run
+
+    def watched(*arguments: Any) -> Any:
+        unfinished.append(sum(not done.is_ready() for done in begun))
+        made = run(*arguments)
+        begun.append(made[-1])
+        return made
+
+    monkeypatch.setattr(Devices, "run", watched)
+    sample = problem.whole()
+    if kernel == "gram":
+        problem.gram(w, sample, np.ones((len(x), 2), np.float32), least=64)
+    elif kernel == "product":
+        problem.product(w, w, sample)
+    else:
+        problem.evaluate(w)
+    assert len(begun) > 20
+    assert max(unfinished) <= 2
+
+
 def test_driver_of_a_cpu_is_host_where_the_network_convolves():
     cnn = EXAMPLES["CNN"]
     options = WHOLE | {"solver": LBFGS(), "max_steps": 1}
