@@ -32,6 +32,7 @@ MATRIX_LIMIT = 20_000  # rows and columns up to which a square matrix is kept: 1
 _WINDOW = 4  # row samples that SampleSpace averages over: with averaging 0.5, 94 % of all weight
 _PRECONDITIONER_ROWS = 256
 _REFINEMENTS = 20
+_SIGNS_AT_ONCE = 1 << 14  # rows whose random keys are in memory together
 _MODEL_RATE, _ROW_RATE, _CALL = 15.0, 36.0, 5e8  # see form_flops
 
 
@@ -88,11 +89,12 @@ def _signs(outputs: int, dtype: Any, key: Array, positions: Array) -> Array:
         positions.dtype
     )
 
-    def one(position: Array, occurrence: Array) -> Array:
+    def one(place: tuple[Array, Array]) -> Array:
+        position, occurrence = place
         own = jax.random.fold_in(jax.random.fold_in(key, position), occurrence)
         return jax.random.rademacher(own, (outputs,), dtype)
 
-    return jax.vmap(one)(positions, occurrence)
+    return lax.map(one, (positions, occurrence), batch_size=_SIGNS_AT_ONCE)
 
 
 class Form(Protocol):
