@@ -131,7 +131,7 @@ def first_at(curves: dict, method: str, target: float) -> tuple[float, float] | 
 def message(curves: dict) -> str:
     """What the figure shows, in the record's own numbers."""
     budget, target = min(best_per_budget(curves), key=lambda point: point[1])
-    adam = f"Adam's {budget:g}-epoch loss ({target:.2g})"
+    adam = f"Adam's {budget:g}-epoch loss ({target:.3g})"
     found = {name: first_at(curves, method, target) for method, name in METHODS.items()}
     reached = [(name, short(point[0])) for name, point in found.items() if point]
     missed = [name for name, point in found.items() if not point]
