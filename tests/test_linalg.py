@@ -109,7 +109,7 @@ def test_factor_is_as_good_as_lapacks_and_reads_the_lower_triangle_only(
     assert backward_error(a, factor) <= 4 * lapack + 4 * np.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("p", [1, 65, 257, 1100])  # the last one in two panels of rows, and a rest
+@pytest.mark.parametrize("p", [1, 65, 257, 1100])  # the last one in three panels of rows, and a rest
 @every_condition
 @pytest.mark.parametrize("columns", [(), (3,)])
 def test_solution_is_as_good_as_lapacks(p: int, condition: float, columns: tuple[int, ...], dtype: type):
