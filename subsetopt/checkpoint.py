@@ -1,6 +1,8 @@
 """Save and resume: a tree of arrays and a JSON record, written by orbax so that a crash leaves the last good one."""
 
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from subsetopt import checks
+
+_WAY_OUT = "pass an empty folder, or the arguments of the first call"
 
 
 class Checkpoint:
@@ -44,10 +48,8 @@ class Checkpoint:
         saved = self._manager.restore(step, args=args)
         self._check_same_run(saved["record"]["run"])
         leaves, structure = jax.tree.flatten(like)
-        found = [
-            _unpacked(saved["tree"][f"{i:04}"], leaf) if f"{i:04}" in saved["tree"] else leaf
-            for i, leaf in enumerate(leaves)
-        ]
+        _check_same_arrays(saved["tree"], _named(leaves))
+        found = [_unpacked(saved["tree"].get(name, leaf), leaf) for name, leaf in zip(_names(), leaves, strict=False)]
         return jax.tree.unflatten(structure, found), saved["record"]["content"]
 
     def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> None:
@@ -58,20 +60,44 @@ class Checkpoint:
             or not (now or time.perf_counter() - self._saved > self.every_seconds)
         ):
             return
-        arrays = {f"{i:04}": _packed(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-        arrays = {name: array for name, array in arrays.items() if array.size}  # orbax keeps no empty arrays
-        args = self._ocp.args
+        arrays, args = _named(jax.tree.leaves(tree)), self._ocp.args
         record = {"run": self.run, "content": content}
         step = (self._manager.latest_step() or 0) + 1
         self._manager.save(step, args=args.Composite(tree=args.StandardSave(arrays), record=args.JsonSave(record)))
         self._saved = time.perf_counter()
 
     def _check_same_run(self, saved: dict[str, Any]) -> None:
-        for key in sorted(saved.keys() | self.run.keys()):
+        for key in self.run | saved:
             before, now = saved.get(key), self.run.get(key)
             must = f"hold a run with {key} = {now!r}"
-            way_out = "pass an empty folder, or the arguments of the first call"
-            checks.require(before == now, "checkpoint", must, repr(before), way_out)
+            checks.require(_agree(before, now), "checkpoint", must, repr(before), _WAY_OUT)
+
+
+def _agree(before: Any, now: Any) -> bool:
+    """Equal, or equal but for the rounding of another device: lists of floats were computed."""
+    lists = [value for value in (before, now) if isinstance(value, list)]
+    floats = all(isinstance(number, float) for values in lists for number in values)
+    if len(lists) == 2 and floats and len(before) == len(now):
+        return np.allclose(before, now, rtol=1e-3, equal_nan=True)
+    return before == now
+
+
+def _check_same_arrays(saved: dict[str, Any], own: dict[str, np.ndarray]) -> None:
+    """What no description tells: the state of another optimizer."""
+    before, now = ({name: np.shape(a) for name, a in arrays.items()} for arrays in (saved, own))
+    different = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    for name in different[:1]:
+        must = f"hold {len(now)} arrays like those of this run, number {int(name)} of shape {now.get(name)}"
+        checks.require(False, "checkpoint", must, f"{len(before)}, shape {before.get(name)}", _WAY_OUT)
+
+
+def _names() -> Iterator[str]:
+    return (f"{i:04}" for i in itertools.count())
+
+
+def _named(leaves: list[Any]) -> dict[str, np.ndarray]:
+    """As arrays, by number; orbax keeps no empty ones."""
+    return {name: a for name, a in zip(_names(), map(_packed, leaves), strict=False) if a.size}
 
 
 def _packed(leaf: Any) -> np.ndarray:

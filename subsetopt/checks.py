@@ -1,15 +1,20 @@
 """Every ValueError of the package: each names the argument, what was found, and the way out."""
 
+import dataclasses
 import math
 import numbers
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from subsetopt.pages import Pages
+
+_PIECE = 4096  # examples that are looked at together
 
 
 def require(condition: Any, name: str, must: str, found: Any, way_out: str) -> None:
@@ -37,11 +42,33 @@ def whole_number(name: str, value: Any, least: int) -> None:
 
 def real_number(name: str, value: Any, least: float = -math.inf, below: float = math.inf) -> None:
     """A finite number in [least, below)."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(_float(value))
     bounds = f" of at least {least:g}" if least > -math.inf else ""
     bounds += f" and below {below:g}" if below < math.inf else ""
     fits = number and least <= float(value) < below
     require(fits, name, f"be a finite number{bounds}", repr(value), f"pass for example {name}={max(least, 0):g}")
+
+
+def _float(value: Any) -> float:
+    """Infinite where Python's integer or fraction is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def with_plain_numbers(settings: Any) -> None:
+    """NumPy's numbers and fractions in a dataclass become Python's: alike to JAX, and in print."""
+    for field in dataclasses.fields(settings):
+        object.__setattr__(settings, field.name, _plain(getattr(settings, field.name)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, bool | str) or value is None:
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def seed(value: Any) -> None:
@@ -52,7 +79,7 @@ def seed(value: Any) -> None:
 
 def folder(name: str, value: Any) -> None:
     """A path, or None."""
-    fits = value is None or isinstance(value, str | os.PathLike)
+    fits = value is None or (isinstance(value, str | os.PathLike) and not os.path.isfile(value))
     require(fits, name, "be the path of a folder, or None", repr(value), f"pass for example {name}='folder'")
 
 
@@ -74,6 +101,19 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """One of a few words."""
     fits = isinstance(value, str) and value in allowed
     require(fits, name, f"be one of {', '.join(map(repr, allowed))}", repr(value), "pick one of them")
+
+
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    require(isinstance(value, bool), name, "be True or False", repr(value), f"pass for example {name}=True")
+
+
+def hashable(name: str, value: Any, way_out: str) -> None:
+    """What compiled code is found again by."""
+    try:
+        hash(value)
+    except TypeError:
+        require(False, name, "be hashable, for its compiled code is found by its hash", _describe(value), way_out)
 
 
 def function(name: str, value: Any) -> None:
@@ -105,11 +145,26 @@ def until(value: Any) -> Any:
     return value if isinstance(value, str) else int(value)
 
 
-def optimizer(value: Any) -> Any:
-    """An optax gradient transformation, or None."""
-    fits = value is None or (hasattr(value, "init") and hasattr(value, "update"))
+def until_ends(value: Any, probe: int) -> None:
+    """A stage end that comes on fresh subsets, too, with a probe of so many examples."""
+    ends = isinstance(value, int) or (value == "representative" and probe > 0)
+    must = "be a number of steps" + (", or 'representative'" if probe else "") + " where every step has a fresh subset"
+    way_out = "pass until=1, or growth=Growth(nested=True)"
+    require(ends, "until", must, f"{value!r}, which is never met there", way_out)
+
+
+def optimizer(value: Any, params: Any) -> Any:
+    """An optax gradient transformation that is content with gradients; None: Adam."""
+    value = optax.adam(1e-3) if value is None else value
+    fits = hasattr(value, "init") and hasattr(value, "update")
     way_out = "pass for example optax.adam(1e-3)"
     require(fits, "optimizer", "be an optax.GradientTransformation", _describe(value), way_out)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(lambda p: value.update(p, value.init(p), p), params)
+    except TypeError as error:  # line searches and plateaus want the loss as well
+        must = "update by gradients and parameters alone"
+        raise ValueError(f"optimizer must {must}, found one with {str(error)!r}; {way_out}.") from error
     return value
 
 
@@ -139,10 +194,10 @@ def _array(name: str, value: Any) -> Any:
     require(value is not None, name, must, "None", "pass an array")
     sparse = hasattr(value, "toarray")
     require(not sparse, name, must, f"a sparse matrix of shape {getattr(value, 'shape', '')}", "pass its toarray()")
-    try:
-        value = value if hasattr(value, "shape") else np.asarray(value)
-    except ValueError:  # NumPy's own word on ragged lists names no argument
-        require(False, name, must, _describe(value), "stack the examples with np.stack")
+    require(not np.ma.isMaskedArray(value), name, must, "a masked array", "pass its filled() or compressed()")
+    if not isinstance(value, jax.Array) and type(value) not in (np.ndarray, np.memmap):
+        value = _by_numpy(name, must, value)
+    require(value.dtype.isnative, name, must, f"the byte order of {value.dtype!r}", "cast it with astype")
     real = value.dtype == bool or any(jnp.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating))
     text = np.issubdtype(value.dtype, np.str_)
     way_out = (
@@ -151,6 +206,40 @@ def _array(name: str, value: Any) -> Any:
     way_out = "stack the examples with np.stack" if value.ndim == 0 or value.dtype == object else way_out
     require(value.ndim > 0 and real, name, must, _describe(value), way_out)
     return value
+
+
+def _by_numpy(name: str, must: str, value: Any) -> np.ndarray:
+    """What else NumPy understands, in memory: lists, data frames, tensors of PyTorch on a CPU."""
+    way_out = "pass it as a NumPy array" if hasattr(value, "shape") else "stack the examples with np.stack"
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError):  # their own words, as on ragged lists, name no argument
+        require(False, name, must, _describe(value), way_out)
+        raise
+
+
+def _fits_32_bits(name: str, values: Any) -> None:
+    """Integers that JAX would otherwise cut to 32 bits in silence."""
+    if not (np.issubdtype(values.dtype, np.integer) and values.dtype.itemsize == 8) or jax.config.read(
+        "jax_enable_x64"
+    ):
+        return
+    kept = np.iinfo(np.uint32 if np.issubdtype(values.dtype, np.unsignedinteger) else np.int32)
+    must = f"hold integers from {kept.min} to {kept.max} unless x64 is on"
+    way_out = "rescale or cast it, or call jax.config.update('jax_enable_x64', True) first"
+    for piece in _pieces(values):
+        low, high = int(piece.min()), int(piece.max())
+        require(kept.min <= low and high <= kept.max, name, must, f"{low} to {high}", way_out)
+
+
+def _pieces(values: Any) -> Iterator[np.ndarray]:
+    """Rows of an array, so few that a memory-mapped file stays on disk."""
+    pages = Pages(values)
+    for start in range(0, len(values), _PIECE):
+        piece = np.asarray(values[start : start + _PIECE])
+        pages.read(piece)
+        if piece.size:
+            yield piece
 
 
 def examples(x: Any, y: Any, where: str = "") -> None:
@@ -166,6 +255,7 @@ def examples(x: Any, y: Any, where: str = "") -> None:
     )
     for name, values in (("x", x), ("y", y)):
         finite(where + name, values)
+        _fits_32_bits(where + name, values)
 
 
 def like_training_data(x: Any, y: Any, x_held_out: Any, y_held_out: Any) -> None:
@@ -189,13 +279,10 @@ def finite(name: str, values: Any) -> None:
     """No NaN and no infinity; looked at in pieces, so that a memory-mapped file stays on disk."""
     if not jnp.issubdtype(values.dtype, np.inexact):
         return
-    pages = Pages(values)
-    for start in range(0, len(values), 4096):
-        piece = np.asarray(values[start : start + 4096])
-        pages.read(piece)
+    for number, piece in enumerate(_pieces(values)):
         good = np.isfinite(piece.reshape(len(piece), -1)).all(axis=1)
         if not good.all():
-            row = start + int(np.flatnonzero(~good)[0])
+            row = number * _PIECE + int(np.flatnonzero(~good)[0])
             require(False, name, "be finite", f"NaN or infinity in row {row}", "remove or impute such examples")
 
 
@@ -217,9 +304,13 @@ def targets(loss: Any, y: Any, outputs: Any, name: str = "y") -> None:
         (_labels if y.ndim == 1 else _probabilities)(name, y, outputs.shape[1], outputs.dtype)
     elif loss == "squared_error":
         shape = tuple(outputs.shape[1:])
-        fits = math.prod(y.shape[1:]) == math.prod(shape)
+        flat = y.ndim < 3 or len(shape) < 2  # rows of as many numbers; of the same shape but for axes of length one
+        alike = [n for n in y.shape[1:] if n > 1] == [n for n in shape if n > 1]
+        fits = math.prod(y.shape[1:]) == math.prod(shape) and (flat or alike)
         must = f"have one value for each of the model's outputs {shape}"
-        require(fits, name, must, f"shape {tuple(y.shape)}", "reshape y or the outputs")
+        require(fits, name, must, f"shape {tuple(y.shape)}", "reshape or transpose y or the outputs")
+        _same_dtype(name, y, outputs.dtype)
+    elif jnp.issubdtype(y.dtype, np.floating):
         _same_dtype(name, y, outputs.dtype)
 
 
@@ -262,6 +353,7 @@ def plain_function(model: Any, params: Any) -> None:
     require(not isinstance(model, type), "model", "be an instance", f"the class {name}", f"write {name}(...)")
     way_out = "pass one of those"
     require(callable(model), "model", "be a flax module or a function apply(params, x)", _describe(model), way_out)
+    hashable("model", model, "pass a function, such as lambda params, x: model(params, x)")
     way_out = "pass the parameters; only linen modules are initialised from a seed"
     require(params is not None, "params", "be given with model=apply(params, x)", "None", way_out)
 
@@ -342,6 +434,7 @@ def loss_argument(loss: Any, known: tuple[str, ...]) -> None:
     fits = loss in known if isinstance(loss, str) else callable(loss)
     must = f"be one of {', '.join(map(repr, known))} or a function (outputs, y) -> (n,)"
     require(fits, "loss", must, repr(loss), "pass one of those")
+    hashable("loss", loss, "pass a function, or make it a dataclass with frozen=True")
 
 
 def outputs(out: Any, n: int, dtype: Any) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from subsetopt.drivers import Sample
-from subsetopt.linalg import Factor, add_gram, cholesky, cholesky_solve, symmetric_product
+from subsetopt.linalg import Factor, add_gram, cholesky, cholesky_solve, norm, symmetric_product
 from subsetopt.problem import PRODUCT, Problem, gradient_flops
 
 PRECISIONS = ("highest", "float32", "tensorfloat32", "bfloat16_3x", "bfloat16", "default")
@@ -465,8 +465,8 @@ def conjugate_gradient(
     orthogonalised against all before it (Golub and Van Loan, Matrix Computations (2013), section 10.3): fewer products
     in float32, and rounding grows much less from step to step; keeps 2 max_steps P numbers.
     """
-    norm = jnp.linalg.norm(b)
-    scale = jnp.where(norm > 0, norm, 1)
+    length = norm(b)
+    scale = jnp.where(length > 0, length, 1)
     b, x = b / scale, x / scale
     begin, basis = _begin(max_steps, b, x, product(x))
 

@@ -18,7 +18,7 @@ from subsetopt import checks
 from subsetopt.checkpoint import Checkpoint
 from subsetopt.drivers import Compiled
 from subsetopt.model import Params, mask_tree
-from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, held_out, make_problem, placed
+from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, checksum, held_out, identity, make_problem, placed
 from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Status
 from subsetopt.timing import Stopwatch
@@ -118,10 +118,11 @@ def finetune(
     problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
     checks.patience(patience, validation)
     watched = None if validation is None else held_out(problem, validation, loss, w)
-    optimizer = checks.optimizer(optimizer) or optax.adam(1e-3)
+    optimizer = checks.optimizer(optimizer, problem.objective.model.unflatten(w, problem.constants))
+    batch_size = min(batch_size, problem.examples)
     run = _Run(problem, placed(problem, driver), w, optimizer, trainable, batch_size, seed, watched)
-    plan = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "examples": problem.examples}
-    saver = Checkpoint(checkpoint, plan | {"parameters": problem.parameters})
+    plan = {"call": "finetune", "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    saver = Checkpoint(checkpoint, {} if checkpoint is None else plan | run.description(w))
     run.resume(saver)
     with Bar("finetune", epochs, progress) as bar:
         run.loop(epochs, patience, callback, bar, saver)
@@ -140,6 +141,7 @@ class _Run:
         self.mask = None if trainable is None else mask_tree(params, trainable)
         self.params, self.opt_state = params, optimizer.init(params)
         self.best, self.best_loss, self.best_epoch = params, math.inf, 0
+        self.nonfinite = False
         self.history: dict[str, list] = {
             k: [] for k in ("epoch", "step", "loss", "validation_loss", "sample_grads", "seconds")
         }
@@ -148,20 +150,27 @@ class _Run:
     # --- one epoch -------------------------------------------------------------------------------------------------
 
     def loop(self, epochs: int, patience: int | None, callback: Any, bar: Bar, saver: Checkpoint) -> None:
-        with contextlib.suppress(KeyboardInterrupt):
-            while self.epoch < epochs and self.status == Status.RUNNING:
+        try:
+            while self._goes_on(epochs, patience):
                 progress = self.one_epoch()
-                if patience is not None and self.epoch - self.best_epoch >= patience:
-                    self.status = Status.CONVERGED
                 bar.update(self.epoch, f"loss {progress.loss:.4g}")
                 saver.save(self.tree(), self.content())
                 if callback is not None and callback(progress):
                     self.status = Status.STOPPED
-            if self.status == Status.RUNNING:
-                self.status = Status.MAX_STEPS
-        if self.status == Status.RUNNING:
+        except KeyboardInterrupt:
             self.status = Status.STOPPED
-        saver.save(self.tree(), self.content(), now=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            saver.save(self.tree(), self.content(), now=True)
+
+    def _goes_on(self, epochs: int, patience: int | None) -> bool:
+        """Whether there is another epoch to train; asked first of all, for a run read back may have ended."""
+        if self.status == Status.RUNNING and self.nonfinite:
+            self.status = Status.NONFINITE
+        elif self.status == Status.RUNNING and patience is not None and self.epoch - self.best_epoch >= patience:
+            self.status = Status.CONVERGED
+        elif self.status == Status.RUNNING and self.epoch >= epochs:
+            self.status = Status.MAX_STEPS
+        return self.status == Status.RUNNING
 
     def one_epoch(self) -> Progress:
         batches = list(minibatches(self.problem.examples, self.batch_size, self.seed, self.epoch))
@@ -169,55 +178,51 @@ class _Run:
             self.stepped, self.optimizer, (self.params, self.opt_state), self.mask, batches, self.batch_size
         )
         loss = float(np.dot(means, [len(batch) for batch in batches])) / self.problem.examples
-        w = _flatten(self.problem, params)
-        if not (math.isfinite(loss) and bool(jnp.all(jnp.isfinite(w)))):
-            self.status = Status.NONFINITE  # the parameters before this epoch stay
-            params, opt_state = self.params, self.opt_state
-            w = _flatten(self.problem, params)
-        validation_loss = None if self.held_out is None else _mean_loss(self.held_out, w)
+        nonfinite = not (math.isfinite(loss) and bool(jnp.all(jnp.isfinite(_flatten(self.problem, params)))))
+        if nonfinite:
+            params, opt_state = self.params, self.opt_state  # those before this epoch stay
+        after = {"params": params, "opt_state": opt_state, "nonfinite": nonfinite, "epoch": self.epoch + 1}
+        after |= {"steps": self.steps + len(batches), "cost": self.cost + GRADIENT * self.problem.examples}
+        after |= {"best": params} if self.held_out is None else self._judged(self.held_out, params, after)
+        p, validation_loss = self.problem, after.pop("validation_loss", None)
+        row = (after["epoch"], after["steps"], loss, validation_loss, after["cost"], self.watch.seconds)
+        columns = zip(self.history.items(), row, strict=True)
         # All at once, so that an interrupted epoch leaves nothing behind.
-        self.params, self.opt_state, self.steps = params, opt_state, self.steps + len(batches)
-        self.epoch, self.cost = self.epoch + 1, self.cost + GRADIENT * self.problem.examples
-        self._keep_best(validation_loss)
-        return self._record(loss, validation_loss)
+        vars(self).update(after | {"history": {name: [*column, value] for (name, column), value in columns}})
+        return Progress(-1, p.examples, p.ratio, *row[1:4], math.nan, *row[4:], params)
 
-    def _keep_best(self, validation_loss: float | None) -> None:
-        if self.held_out is None or validation_loss is None:
-            self.best = self.params
-            return
-        self.cost += LOSS * self.held_out.examples
-        if validation_loss < self.best_loss:
-            self.best, self.best_loss, self.best_epoch = self.params, validation_loss, self.epoch
-
-    def _record(self, loss: float, validation_loss: float | None) -> Progress:
-        row = (self.epoch, self.steps, loss, validation_loss, self.cost, self.watch.seconds)
-        for column, value in zip(self.history.values(), row, strict=True):
-            column.append(value)
-        p = self.problem
-        return Progress(
-            -1, p.examples, p.ratio, self.steps, loss, validation_loss, math.nan, self.cost, row[-1], self.params
-        )
+    def _judged(self, held_out: Problem, params: Params, after: dict[str, Any]) -> dict[str, Any]:
+        """What the validation data say of the parameters after an epoch, and what that costs."""
+        loss = _mean_loss(held_out, _flatten(self.problem, params))
+        judged = {"validation_loss": loss, "cost": after["cost"] + LOSS * held_out.examples}
+        if loss < self.best_loss:
+            judged |= {"best": params, "best_loss": loss, "best_epoch": after["epoch"]}
+        return judged
 
     # --- begin and end ---------------------------------------------------------------------------------------------
+
+    def description(self, w: Array) -> dict[str, Any]:
+        """What a resumed run must share with the first one, beside its numbers."""
+        validation = None if self.held_out is None else [checksum(self.held_out.x), checksum(self.held_out.y)]
+        optimizer = _first_lengths(self.optimizer, self.params, self.opt_state).tolist()
+        return {"validation": validation, "lengths of the first updates": optimizer} | identity(self.problem, w)
 
     def tree(self) -> Any:
         return self.params, self.opt_state, self.best
 
+    _KEPT = ("nonfinite", "epoch", "steps", "cost", "best_loss", "best_epoch", "history")
+
     def content(self) -> dict[str, Any]:
-        keys = ("epoch", "steps", "cost", "best_epoch", "history")
-        content = {key: getattr(self, key) for key in keys}
-        best = self.best_loss if math.isfinite(self.best_loss) else None
-        return content | {"best_loss": best, "seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
+        content = {name: getattr(self, name) for name in self._KEPT}
+        return content | {"seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
 
     def resume(self, saver: Checkpoint) -> None:
         saved = saver.load(self.tree())
         if saved is None:
             return
         (self.params, self.opt_state, self.best), content = saved
-        for key in ("epoch", "steps", "cost", "best_epoch", "history"):
-            setattr(self, key, content[key])
-        self.best_loss = math.inf if content["best_loss"] is None else content["best_loss"]
-        self.watch = Stopwatch(content["seconds"], content["compile"])
+        self.watch = Stopwatch(content.pop("seconds"), content.pop("compile"))
+        vars(self).update(content)
 
     def result(self) -> FinetuneResult:
         seconds, compile_seconds = self.watch.seconds, self.watch.compile_seconds
@@ -296,6 +301,17 @@ def _step(static: tuple[Objective, Any], shared: tuple[Any, Any], at: tuple[Para
     return (optax.apply_updates(params, updates), opt_state), told
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _first_lengths(optimizer: optax.GradientTransformation, params: Params, opt_state: Any) -> Array:
+    """Of two updates for gradients of ones: by them another optimizer, or the same at another rate, is told."""
+    ones, lengths = jax.tree.map(jnp.ones_like, params), []
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(2):
+            updates, opt_state = optimizer.update(ones, opt_state, params)
+            lengths.append(optax.tree.norm(updates))
+    return jnp.stack(lengths)
+
+
 def _flatten(problem: Problem, params: Params) -> Array:
     full = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(params)])
     return full[problem.constants["index"]] if "index" in problem.constants else full
@@ -307,12 +323,12 @@ def _mean_loss(problem: Problem, w: Array) -> float:
 
 def warm_up(
     problem: Problem, w: Array, mask: Params | None, epochs: float, seed: int
-) -> tuple[Array, float, np.ndarray]:
+) -> tuple[Array, float, np.ndarray, bool]:
     """Adam on mini-batches of the problem's subset, whose data one device holds; cosine decay to zero.
 
-    Returns the new w (P,), the sample_grads spent, and the slopes (N,) that each example showed when it was last met,
-    NaN where it never was. A first-order start: far from a minimum a Gauss-Newton model is not worth its price
-    (heuristic, measured).
+    Returns the new w (P,), the sample_grads spent, the slopes (N,) that each example showed when it was last met, NaN
+    where it never was, and whether the loss was higher in the last tenth of the steps than in the first: then w is the
+    old one. A first-order start: far from a minimum a Gauss-Newton model is not worth its price (heuristic, measured).
     """
     examples = int(problem.count)
     batch_size = min(WARM_UP_BATCH, examples)
@@ -321,14 +337,24 @@ def warm_up(
     optimizer = _warm_up_optimizer(steps, problem.parameters)
     params = problem.objective.model.unflatten(w, problem.constants)
     at, cost, slopes = (params, optimizer.init(params)), 0.0, np.full(problem.examples, np.nan, problem.dtype)
+    losses = []
     for epoch in range(-(-steps // per_epoch)):
         order = itertools.islice(minibatches(examples, batch_size, seed, epoch), steps - epoch * per_epoch)
         batches = [problem.subset[indices] for indices in order]
-        at, _, met = descend(problem, optimizer, at, mask, batches, batch_size)
+        at, means, met = descend(problem, optimizer, at, mask, batches, batch_size)
+        losses.append(means)
         for batch, slope in zip(batches, met, strict=True):
             slopes[batch] = slope[: len(batch)]
             cost += GRADIENT * len(batch)
-    return _flatten(problem, at[0]), cost, slopes
+    after, diverged = _flatten(problem, at[0]), _rose(np.concatenate(losses))
+    diverged |= not bool(jnp.all(jnp.isfinite(after)))
+    return (w if diverged else after), cost, slopes, diverged
+
+
+def _rose(losses: np.ndarray) -> bool:
+    """Whether they were higher in the last tenth than in the first, or not finite in the last."""
+    tenth = max(1, len(losses) // 10)
+    return not np.mean(losses[-tenth:], dtype=np.float64) <= np.mean(losses[:tenth], dtype=np.float64)
 
 
 @functools.lru_cache(maxsize=64)  # the same optimizer object, so that the same fit compiles its step once
@@ -340,4 +366,19 @@ def _warm_up_optimizer(steps: int, parameters: int) -> optax.GradientTransformat
     """
     rate = min(25 / math.sqrt(steps), 2.0) / math.sqrt(parameters)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
-    return optax.adam(schedule, eps=1e-30)  # none that knows the loss's scale
+    # Its eps, and the underflow of its squares, are then relative to the loss's scale.
+    return optax.chain(_by_first_gradient(), optax.adam(schedule, eps=1e-12))
+
+
+def _by_first_gradient() -> optax.GradientTransformation:
+    """Gradients over the largest entry of the first one."""
+
+    def init(params: Params) -> Array:
+        return jnp.zeros((), jax.tree.leaves(params)[0].dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(updates)))
+        scale = jnp.where(state > 0, state, largest)
+        return jax.tree.map(lambda g: g / jnp.where(scale > 0, scale, 1), updates), scale
+
+    return optax.GradientTransformation(init, update)

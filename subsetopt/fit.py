@@ -17,7 +17,7 @@ from subsetopt.finetune import warm_up
 from subsetopt.gauss_newton import GaussNewton
 from subsetopt.growth import Growth, draw_fresh, draw_order
 from subsetopt.model import Model, Params, mask_tree
-from subsetopt.problem import LOSS, Problem, make_problem, placed, subset_of
+from subsetopt.problem import LOSS, Problem, identity, make_problem, placed, subset_of
 from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Solver, State, Status, Step, advance, evaluated
 from subsetopt.timing import Stopwatch
@@ -27,6 +27,9 @@ REPRESENTATIVE = 0.005  # a stage goes on while the probe's loss falls by 0.5 % 
 
 _STAGE = ("examples", "ratio", "status", "steps", "evals", "sample_grads", "loss", "probe_loss", "seconds")
 _HISTORY = ("stage", "examples", "ratio", "step", "loss", "probe_loss", "grad_norm", "sample_grads", "seconds")
+# Where a fit stands between two steps, beside its arrays and its history.
+_KEPT = ("diverged", "stage", "n_steps", "stage_steps", "stage_begin", "ended", "stages")
+_KEPT += ("probe_cost", "best_probe", "last_check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,8 @@ def fit_subset(
             fresh subset. None: the solver's own. The last stage goes on until it has converged, target_loss or
             max_steps; with "representative" and a subset as last stage, the probe ends that one too.
         warmup_epochs: Adam on mini-batches of 32 before the first step, in epochs; 0: none. Its rate rises to
-            min(25 steps^-1/2, 2) P^-1/2 over the first tenth of its steps and decays as a cosine; no l2.
+            min(25 steps^-1/2, 2) P^-1/2 over the first tenth of its steps and decays as a cosine; no l2. Where the
+            loss was higher in the last tenth than in the first, its parameters are dropped, and the message says so.
         seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
         l2: adds l2/2 |w|^2 over trainable parameters.
         max_steps: solver steps in all stages together; None: the solver's own.
@@ -173,8 +177,10 @@ def fit_subset(
         own = problem.driver.devices
         with own.context():
             by_driver = placed(problem, driver, solver.check_every)
-            fit = _Fit(problem, by_driver, solver, growth, until, max_steps, target_loss, seed)
-            saver = Checkpoint(checkpoint, fit.description() | {"warmup_epochs": warmup_epochs}, own.process)
+            target = -math.inf if target_loss is None else float(target_loss)
+            fit = _Fit(problem, by_driver, solver, growth, until, max_steps, target, seed)
+            plan = {} if checkpoint is None else fit.description(w, warmup_epochs)
+            saver = Checkpoint(checkpoint, plan, own.process)
             mask = (
                 None
                 if trainable is None
@@ -200,67 +206,94 @@ class _Fit:
         # A fresh subset's loss is an unbiased look by itself; only the rule that needs a probe pays for one.
         probe = min(PROBE_EXAMPLES, int(PROBE_SHARE * n)) if growth.nested or until == "representative" else 0
         self.sizes = growth.sizes(n, problem.parameters, problem.outputs, probe)
+        if not growth.nested and self.sizes[0] < n:
+            checks.until_ends(until, probe)
         self.order = draw_order(host.y, seed).astype(np.int32)
         watched = probe > 0 and self.sizes[0] < n
         self.probe: Sample | None = subset_of(self.order[n - probe :], problem.dtype) if watched else None
         self.pool = self.order[: n - probe]
         self.slopes = np.full(n, np.nan, problem.dtype)  # of each example, when it was last looked at
-        # Where the fit stands; all of it is in a checkpoint.
+        # Where the fit stands.
         self.stage, self.n_steps, self.stage_steps, self.probe_cost = 0, 0, 0, 0.0
         self.status, self.ended = Status.RUNNING, Status.RUNNING  # of the fit; whether its stage is over, and why
+        self.diverged = False  # the warm-up
         self.history: dict[str, list] = {key: [] for key in _HISTORY}
         self.stages: list[dict[str, Any]] = []
         self.best_probe, self.last_check = math.inf, math.inf
         self.stage_begin = (0.0, 0, 0.0)  # sample_grads, evals, seconds at the stage's start
         self.watch = Stopwatch()
 
-    def description(self) -> dict[str, Any]:
+    def description(self, w: Array, warmup_epochs: float) -> dict[str, Any]:
         """What a resumed run must share with the first one."""
-        return {
-            "examples": self.problem.examples,
-            "parameters": self.problem.parameters,
-            "solver": repr(self.solver),
-            "growth": repr(self.growth),
-            "until": self.until,
-            "seed": self.seed,
-            "l2": self.problem.l2,
-        }
+        plan = {"call": "fit_subset", "solver": repr(self.solver), "growth": repr(self.growth), "until": self.until}
+        plan |= {"warmup_epochs": warmup_epochs, "seed": self.seed, "l2": self.problem.l2}
+        return plan | identity(self.host, w)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def run(self, w: Array, mask: Any, warmup_epochs: float, callback: Any, bar: Bar, saver: Checkpoint) -> None:
         """All stages, from w or from where the checkpoint left them."""
-        self.state = self.solver.init(self.problem, w)
-        self.best_w = w
-        resumed = self._resume(saver)
+        self.state, self.best_w = self.solver.init(self.problem, w), w
+        self.point: dict[str, Any] = {}
         try:
-            if warmup_epochs and not resumed:
-                pool = self.problem.on(self.pool if self.probe is not None else self.order)
-                w, cost, self.slopes = warm_up(self._here(pool), w, mask, warmup_epochs, self.seed)
-                self.state = self.state.replace(w=w, cost=cost)
-            self._enter_stage(resumed)
-            if resumed and self.ended:  # it was stopped at the very end of a stage
-                self._leave_stage_or_go_on()
-            while self.status == Status.RUNNING:
-                self._step(callback, bar)
-                self.ended = self._stage_status()
-                self._leave_stage_or_go_on()
-                saver.save(self._tree(), self._content(), now=self.stage_steps == 0)
+            if not self._resume(saver):
+                if warmup_epochs:
+                    self._warm_up(w, mask, warmup_epochs)
+                self._enter_stage()
+                self._complete(saver)
+            while self._goes_on():
+                progress = self._step()
+                self._complete(saver)
+                bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
+                if callback is not None and callback(progress):
+                    self.status = Status.STOPPED
         except KeyboardInterrupt:
+            vars(self).update(self.point)  # what came after is dropped as a whole
             self.status = Status.STOPPED
-            self._close_stage(Status.STOPPED)
         with contextlib.suppress(KeyboardInterrupt):
-            saver.save(self._tree(), self._content(), now=True)
+            self._save(saver, now=True)
+        if self.status == Status.STOPPED:
+            self._close_stage(self.ended or Status.STOPPED)
 
-    def _enter_stage(self, resumed: bool = False) -> None:
+    def _warm_up(self, w: Array, mask: Any, epochs: float) -> None:
+        pool = self.problem.on(self.pool if self.probe is not None else self.order)
+        w, cost, self.slopes, self.diverged = warm_up(self._here(pool), w, mask, epochs, self.seed)
+        self.state = self.state.replace(w=w, cost=cost)
+
+    def _complete(self, saver: Checkpoint) -> None:
+        """Here an interrupted fit goes back to, and a resumed one goes on from: all a step changes, or nothing."""
+        point = {name: getattr(self, name) for name in (*_KEPT, "state", "best_w", "slopes", "problem")}
+        history = {name: column.copy() for name, column in self.history.items()}
+        self.point = point | {"history": history}
+        self._save(saver, now=bool(self.ended))
+
+    def _goes_on(self) -> bool:
+        """Whether there is another step to take; a stage that has ended is left for the next one."""
+        out_of_steps = self.n_steps >= self.max_steps
+        ended = self.ended or (Status.MAX_STEPS if out_of_steps else Status.RUNNING)
+        if self.status != Status.RUNNING or ended == Status.RUNNING:
+            return self.status == Status.RUNNING
+        self._close_stage(ended)
+        if self._is_last_stage() or ended == Status.NONFINITE:
+            self.status = ended
+        elif out_of_steps:
+            self.status = Status.MAX_STEPS
+        else:
+            self.stage += 1
+            self._enter_stage()
+        return self.status == Status.RUNNING
+
+    def _enter_stage(self) -> None:
         """The problem of this stage, with the warm start in the state."""
-        self.fresh = not self.growth.nested and self.sizes[self.stage] < self.problem.examples
-        self.problem = self._subset()
-        if resumed:
-            return
+        self.problem, self.ended = self._subset(), Status.RUNNING
         self.state = self.state.replace(known=False, status=Status.RUNNING)
         self.stage_steps, self.best_probe, self.last_check, self.best_w = (0, math.inf, math.inf, self.state.w)
         self.stage_begin = (self._cost(), int(self.state.evals), self.watch.seconds)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every step of this stage draws another subset."""
+        return not self.growth.nested and self.sizes[self.stage] < self.problem.examples
 
     def _subset(self) -> Problem:
         """The first K of the order, or K fresh ones of the pool, the same for the same seed and step."""
@@ -273,19 +306,18 @@ class _Fit:
         chosen, weights = draw_fresh(self.slopes[self.pool], size, self.growth.importance, rng)
         return self.problem.on(self.pool[chosen], weights)
 
-    def _step(self, callback: Any, bar: Bar) -> None:
-        target = -math.inf if self.target_loss is None or not self._is_last_stage() else self.target_loss
+    def _step(self) -> Progress:
+        target = self.target_loss if self._is_last_stage() else -math.inf
         begin = float(self.state.cost), self.watch.seconds
         self.state, steps = advance(self.problem, self.solver, self.state, self._steps_at_once(), target)
         self.stage_steps += len(steps)
         if self.fresh:
             self._remember_slopes()
         progress = self._record(steps, *begin)
-        bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
+        self.ended = self._stage_status()
         if self.fresh and not self._rejected():
             self.problem = self._subset()
-        if callback is not None and callback(progress):
-            self.status = Status.STOPPED
+        return progress
 
     def _rejected(self) -> bool:
         """Whether the last step on a fresh subset was not taken; the next one tries again there, at no new gradient."""
@@ -294,6 +326,7 @@ class _Fit:
     def _remember_slopes(self) -> None:
         """What this subset has shown of its examples."""
         seen = np.asarray(self.problem.subset)[: int(self.problem.count)]
+        self.slopes = self.slopes.copy()
         self.slopes[seen] = np.asarray(self.state.evaluation.slope)[: len(seen)]
 
     def _steps_at_once(self) -> int:
@@ -306,28 +339,12 @@ class _Fit:
         )
         return min(to_check, to_growth, self.max_steps - self.n_steps)
 
-    def _leave_stage_or_go_on(self) -> None:
-        ended = self.ended
-        if not ended and self.n_steps >= self.max_steps:
-            ended = Status.MAX_STEPS
-        if ended == Status.RUNNING and self.status == Status.RUNNING:
-            return
-        self._close_stage(self.status or ended)
-        if self.status == Status.RUNNING and self._is_last_stage():
-            self.status = ended
-        fatal = ended in (Status.NONFINITE, Status.TARGET_REACHED) or self.n_steps >= self.max_steps
-        if self.status == Status.RUNNING and fatal:
-            self.status = ended
-        if self.status == Status.RUNNING:
-            self.stage, self.ended = self.stage + 1, Status.RUNNING
-            self._enter_stage()
-
     def _stage_status(self) -> Status:
         """Whether the stage ends here by a rule of its own, and why."""
         last = self._is_last_stage()
         if self.state.status != Status.RUNNING:
             return Status(int(self.state.status))
-        if last and self.target_loss is not None and self.state.known and self._loss() <= self.target_loss:
+        if last and self.state.known and self._loss() <= self.target_loss:
             return Status.TARGET_REACHED
         if self.until == "representative" and self.probe is not None and self._probe_is_outside():
             if self._told_all():
@@ -346,7 +363,8 @@ class _Fit:
         told = not loss < self.last_check * (1 - REPRESENTATIVE)
         self.last_check = loss
         if told:
-            self.state = self.state.replace(w=self.best_w, known=self.state.known and self.best_w is self.state.w)
+            same = np.array_equal(self._here(self.best_w), self._here(self.state.w))
+            self.state = self.state.replace(w=self.best_w, known=self.state.known and same)
         return told
 
     def _is_last_stage(self) -> bool:
@@ -397,7 +415,7 @@ class _Fit:
             *(self.stage_steps, int(self.state.evals) - evals),
             *(self._cost() - cost, self._loss(), probe, self.watch.seconds - seconds),
         )
-        self.stages.append(dict(zip(_STAGE, row, strict=True)))
+        self.stages = [*self.stages, dict(zip(_STAGE, row, strict=True))]
 
     def _loss(self) -> float:
         return float(self.state.evaluation.value)
@@ -416,6 +434,8 @@ class _Fit:
         subset = self.host.using(self.problem.whole())
         self.state: State = evaluated(subset, self._here(self.state))
         message = self.status.message
+        if self.diverged:
+            message += " The warm-up raised the loss: the first step started from the parameters before it."
         if self.problem.ratio < 1:
             message += (
                 f" The ratio is {self.problem.ratio:.2g}, below 1: more parameters than constraints, so the minimum is "
@@ -433,32 +453,26 @@ class _Fit:
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    _KEPT = ("stage", "n_steps", "stage_steps", "probe_cost", "history", "stages", "stage_begin")
+    def _save(self, saver: Checkpoint, now: bool) -> None:
+        """The last complete step, if there is one: a warm-up that was interrupted begins again."""
+        if self.point:
+            content = {name: self.point[name] for name in (*_KEPT, "history")}
+            seconds = {"seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
+            saver.save(self._tree(self.point), content | seconds, now)
 
-    def _tree(self) -> Any:
-        return self.state, self.best_w, self.slopes
-
-    def _content(self) -> dict[str, Any]:
-        content = {key: getattr(self, key) for key in self._KEPT}
-        content |= {"status": int(self.status), "ended": int(self.ended)}
-        probes = {key: v if math.isfinite(v := getattr(self, key)) else None for key in ("best_probe", "last_check")}
-        return content | probes | {"seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
+    def _tree(self, point: dict[str, Any]) -> Any:
+        # The subset as well: on fresh ones it depends on what was known when it was drawn.
+        return point["state"], point["best_w"], point["slopes"], point["problem"].whole()
 
     def _resume(self, saver: Checkpoint) -> bool:
-        saved = saver.load(self._tree())
+        saved = saver.load(self._tree(vars(self)))
         if saved is None:
             return False
-        (self.state, self.best_w, slopes), content = saved
-        self.slopes = np.array(slopes)
-        for key in self._KEPT:
-            setattr(self, key, content[key])
-        for key in ("best_probe", "last_check"):
-            setattr(self, key, math.inf if content[key] is None else content[key])
-        # A run that was stopped, or out of steps, goes on; one that ended at its goal has nothing left to do.
-        status, self.ended = Status(content["status"]), Status(content.get("ended", Status.RUNNING))
-        unfinished = status in (Status.STOPPED, Status.MAX_STEPS) and self.n_steps < self.max_steps
-        self.status = Status.RUNNING if unfinished else status
-        if unfinished and len(self.stages) > self.stage:
-            self.stages.pop()  # of the stage that goes on
-        self.watch = Stopwatch(content["seconds"], content["compile"])
+        (self.state, self.best_w, self.slopes, subset), content = saved
+        self.watch = Stopwatch(content.pop("seconds"), content.pop("compile"))
+        vars(self).update(content)
+        self.problem, self.ended = self.problem.using(subset, self.fresh), Status(self.ended)
+        if self.ended == Status.TARGET_REACHED:  # which may be another one now
+            self.ended = self._stage_status()
+        self._complete(saver)
         return True

@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     """What a step leaves to the next.
 
     kept: the curvature, as its form keeps it. current: whether it was taken at this point (a rejected step never
-    recomputes it). damping: lam, NaN before the first curvature. previous: (P,) the last accepted step. gradient:
+    recomputes it). damping: lam, -1 before the first curvature. previous: (P,) the last accepted step. gradient:
     (P,) the averaged one, at the point origin (P,).
     """
 
@@ -81,7 +81,8 @@ class GaussNewton:
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
-    damping: first lam, as a fraction of the mean diagonal of A.
+    damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is zero, as for the
+        absolute error: there steps are those of gradient descent.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
     length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
@@ -136,11 +137,12 @@ class GaussNewton:
         checks.whole_number("GaussNewton.cg_max_steps", self.cg_max_steps, 1)
         if self.tolerance is not None:
             checks.real_number("GaussNewton.tolerance", self.tolerance, 0, 1)
+        checks.with_plain_numbers(self)
 
     def init(self, problem: Problem, w: Array) -> State:
         """The state before the first step from w (P,); `problem.seed` seeds the curvature samples."""
         kept = self._form(problem).empty(problem, w)
-        none, unknown = jnp.zeros((), np.int32), jnp.full((), jnp.nan, w.dtype)
+        none, unknown = jnp.zeros((), np.int32), -jnp.ones((), w.dtype)
         memory = Memory(jax.random.key(problem.seed), kept, none > 0, unknown, w * 0, w * 0, w, none)
         return start(problem, w, memory, uncertain=True)
 
@@ -182,9 +184,10 @@ class GaussNewton:
 
         def first_damping(state: State) -> State:
             scale, examples = form.mean_diagonal(problem, state.w, kept, probe)
+            scale = jnp.where(scale > 0, scale, state.evaluation.norm)  # no curvature here: a gradient step of length 1
             return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=self.damping * scale))
 
-        return problem.driver.cond(jnp.isnan(memory.damping), first_damping, lambda state: state, state)
+        return problem.driver.cond(memory.damping < 0, first_damping, lambda state: state, state)
 
     def _gradient(self, problem: Problem, form: Form, state: State, kept: Any) -> tuple[Array, Any]:
         """The subset's gradient, averaged on fresh subsets, and the examples of which a product was computed."""
@@ -193,7 +196,7 @@ class GaussNewton:
             return new, 0
         change = state.w - memory.origin
         product, examples = form.times(problem, state.w, kept, change)
-        share = jnp.where(jnp.isnan(memory.damping), 0, self.gradient_averaging).astype(new.dtype)
+        share = jnp.where(memory.damping < 0, 0, self.gradient_averaging).astype(new.dtype)
         return share * (memory.gradient + product) + (1 - share) * new, examples
 
     # --- candidates ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Overdetermination ratios and subset sizes; one stratified permutation of the training set."""
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Iterator
 
@@ -40,6 +41,7 @@ class Growth:
     importance: float = 0.8
 
     def __post_init__(self):
+        checks.flag("Growth.nested", self.nested)
         checks.positive("Growth.start", self.start)
         checks.real_number("Growth.factor", self.factor)
         way_out = "for one subset use Growth(start=q, stop=q)"
@@ -49,6 +51,7 @@ class Growth:
             must = f"be at least start={self.start!r}"
             checks.require(self.stop >= self.start, "Growth.stop", must, repr(self.stop), "None grows to the whole set")
         checks.real_number("Growth.importance", self.importance, 0, 1)
+        checks.with_plain_numbers(self)
 
     def sizes(self, examples: int, parameters: int, outputs: int, probe: int = 0) -> list[int]:
         """Subset sizes K = ceil(Q P / M), stage by stage.
@@ -58,7 +61,7 @@ class Growth:
 
         def size(ratio: float) -> int:
             # 1e-9: a ratio that is a whole number of examples up to rounding stays that number.
-            return max(1, math.ceil(ratio * parameters / outputs - 1e-9))
+            return max(1, math.ceil(min(ratio * parameters / outputs, examples) - 1e-9))
 
         last = examples if self.stop is None or size(self.stop) >= examples else min(size(self.stop), examples - probe)
         sizes, ratio = [], self.start
@@ -130,11 +133,17 @@ def _fair_sequence(counts: np.ndarray) -> Iterator[int]:
     Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980): of the classes that may have the next
     place without getting ahead of their share, the one that has to have a place soonest.
     """
-    share, slack = counts / counts.sum(), 1 - 1 / (2 * max(len(counts), 2) - 2)
-    taken = np.zeros(len(counts), int)
+    share, slack = (counts / counts.sum()).tolist(), 1 - 1 / (2 * max(len(counts), 2) - 2)
+
+    def next_window(label: int, taken: int) -> tuple[float, float, int, int]:
+        return (taken + 1 - slack - 1e-12) / share[label], (taken + slack) / share[label], label, taken + 1
+
+    early, open_ones = [next_window(label, 0) for label in range(len(counts))], []
+    heapq.heapify(early)
     for place in range(1, counts.sum() + 1):
-        due = place * share - taken
-        may = (due >= 1 - slack - 1e-12) & (taken < counts)
-        label = int(np.argmin(np.where(may, (slack - due) / share, np.inf)))
-        taken[label] += 1
+        while early and early[0][0] <= place:
+            heapq.heappush(open_ones, heapq.heappop(early)[1:])
+        _, label, taken = heapq.heappop(open_ones)
+        if taken < counts[label]:
+            heapq.heappush(early, next_window(label, taken))
         yield label

@@ -19,6 +19,7 @@ from jax.scipy.linalg import solve_triangular
 from subsetopt import checks, linesearch
 from subsetopt.growth import Growth
 from subsetopt.kronecker import Kronecker, learned, unlearned
+from subsetopt.linalg import norm
 from subsetopt.problem import GRADIENT, Evaluation, Problem
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
@@ -106,12 +107,12 @@ def _h0(pairs: Pairs, v: Array) -> Array:
 
 
 @jax.jit
-def _begin(pairs: Pairs, keeps: Array, w: Array, grad: Array, norm: Array, value: Array, goes_on: Array) -> Line:
+def _begin(pairs: Pairs, keeps: Array, w: Array, grad: Array, length: Array, value: Array, goes_on: Array) -> Line:
     """A search along the direction of the memory, unless it is that of another objective or does not descend."""
     direction = _quasi_newton(pairs, grad)
     slope = jnp.vdot(grad, direction)
     remembers = keeps & (slope < 0)  # never without pairs, which give zeros
-    direction, slope = jnp.where(remembers, direction, -grad / norm), jnp.where(remembers, slope, -norm)
+    direction, slope = jnp.where(remembers, direction, -grad / length), jnp.where(remembers, slope, -length)
     return _line(w, value, direction, slope, remembers, keeps, goes_on)
 
 
@@ -159,7 +160,7 @@ def _remember(pairs: Pairs, keeps: Array, w: Array, w0: Array, grad: Array, grad
     pairs = _kept(pairs, keeps)
     s, y = w - w0, grad - grad0
     sy = jnp.vdot(s, y)
-    good = sy > threshold * jnp.linalg.norm(s) * jnp.linalg.norm(y)
+    good = sy > threshold * norm(s) * norm(y)
     place = pairs.met % len(pairs.s)
     ss, ys = (old.at[place].set(jnp.where(good, new, old[place])) for old, new in ((pairs.s, s), (pairs.y, y)))
     pushed = pairs._replace(s=ss, y=ys, met=pairs.met + 1)
@@ -224,6 +225,7 @@ class LBFGS:
         checks.real_number("LBFGS.pair_threshold", self.pair_threshold, 0, 1)
         if self.tolerance is not None:
             checks.real_number("LBFGS.tolerance", self.tolerance, 0, 1)
+        checks.with_plain_numbers(self)
 
     def init(self, problem: Problem, w: Array) -> State:
         """The state before the first step from w (P,): an empty memory."""

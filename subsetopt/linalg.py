@@ -44,6 +44,13 @@ def _add_panels(gram: Array, rows: Array) -> Array:
     return gram
 
 
+def norm(v: Array) -> Array:
+    """|v|, also where the squares leave the range of the dtype: v goes through a power of two, which rounds nothing."""
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(v), initial=0))
+    scale = jnp.ldexp(jnp.ones((), v.dtype), jnp.maximum(exponent - 1, jnp.finfo(v.dtype).minexp))
+    return scale * jnp.linalg.norm(v / scale)
+
+
 def inverse_root(a: Array) -> Array:
     """A^-1/2 of symmetric matrices A (..., n, n), of a condition number up to some thousands: for a preconditioner.
 

@@ -68,7 +68,7 @@ def propose(search: Search) -> Array:
     """
     low, high = search.low, search.high
     width = high.t - low.t
-    inside = jnp.clip(_cubic_minimum(low, high), low.t + 0.1 * width, high.t - 0.1 * width)
+    inside = jnp.clip(_cubic_minimum(low, high), low.t + 0.01 * width, high.t - 0.1 * width)
     bracketed = jnp.where(_finite(high), inside, low.t + 0.1 * width)
     return jnp.where(jnp.isfinite(high.t), bracketed, 4 * low.t)
 

@@ -6,6 +6,7 @@ Costs in `sample_grads`: see the constants below. Memory is that of one block, w
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jax import Array, lax
 from subsetopt import checks
 from subsetopt.devices import Devices, Kernel, choose, cost_analysis
 from subsetopt.drivers import Compiled, Host, Sample
-from subsetopt.linalg import add_gram
+from subsetopt.linalg import add_gram, norm
 from subsetopt.losses import LOSSES, Loss, resolve
 from subsetopt.model import Constants, Model, Params, Shape, prepare
 
@@ -28,6 +29,7 @@ GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
 _ROW_BLOCK, _ROW_BLOCK_NUMBERS = 2048, 1 << 25  # most rows in a block of them, and numbers: 128 MB in float32
 _SMALL = 1 << 26  # bytes of data that a CPU may hold twice
 _ANALYSED = 128  # examples in a block whose cost is analysed
+_SHOWN = 1000, 8  # examples by whose data, and by whose losses, a problem is known again
 _PIECE, _PIECE_NUMBERS = 64, 1 << 20  # least rows in a piece, for each is compiled; numbers that a CPU's cache holds
 
 
@@ -151,7 +153,7 @@ def _whole_rows_block(objective: Objective, nothing: Any, shared: Any, block: An
 def _penalised(value: Array, grad: Array, w: Array, l2: Array) -> tuple[Array, Array, Array]:
     """Value, gradient and its norm, l2 included."""
     grad = grad + l2 * w
-    return value + l2 / 2 * jnp.vdot(w, w), grad, jnp.linalg.norm(grad)
+    return value + l2 / 2 * jnp.vdot(w, w), grad, norm(grad)
 
 
 @jax.jit
@@ -280,8 +282,8 @@ class Problem:
         grad, each = self._reduce(_gradient_block, static, _zeros(w), (w, self.constants), sample)
         losses, uncertainty, slope = each
         value = self.driver.total(sample.weights, losses)
-        value, grad, norm = _penalised(value, grad, w, self.real(self.l2))
-        return Evaluation(value, grad, norm, losses, uncertainty, slope)
+        value, grad, length = _penalised(value, grad, w, self.real(self.l2))
+        return Evaluation(value, grad, length, losses, uncertainty, slope)
 
     def losses(self, w: Array, sample: Sample) -> Any:
         """Per-example losses (n,) of a sample at w, without l2; costs LOSS * n."""
@@ -407,13 +409,34 @@ def make_problem(
     own = choose(devices)
     objective = Objective(own_model, resolve(loss))
     outputs = _checked_outputs(objective, loss, w, constants, x, y)
-    size = own.even(block_size or _default_block(own, objective, w, constants, x, y))
+    size = own.even(min(block_size or _default_block(own, objective, w, constants, x, y), len(x)))
     x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
     subset, weights, count = subset_of(np.arange(len(x), dtype=np.int32), np.dtype(w.dtype))
     static = (objective, Host(own), size, w.size, outputs, np.dtype(w.dtype))
     problem = Problem(*static, constants, x, y, subset, weights, count, seed=int(seed), l2=float(l2))
     _check_deterministic(problem, w)
     return problem, w
+
+
+def identity(problem: Problem, w: Array) -> dict[str, Any]:
+    """What a checkpoint knows a problem by, beside its sizes: checksums, and some losses near the start w (P,)."""
+    some = np.unique(np.linspace(0, problem.examples - 1, _SHOWN[0]).astype(np.int32))[: problem.examples]
+    noise = np.random.default_rng(0).normal(size=problem.parameters).astype(problem.dtype)
+    shown = subset_of(some[:: -(-len(some) // _SHOWN[1])], problem.dtype)
+    losses = problem.losses(w + 0.1 * noise, shown)  # at the start itself all models of one loss may be alike: at zero
+    return {
+        "examples": problem.examples,
+        "parameters": problem.parameters,
+        "dtype": str(problem.dtype),
+        "data": [checksum(problem.x[some]), checksum(problem.y[some])],
+        "trainable": checksum(problem.constants.get("index", np.empty(0))),
+        "losses near the start": [float(f"{loss:.4g}") for loss in losses],
+    }
+
+
+def checksum(values: Any) -> str:
+    """CRC-32 of an array's bytes."""
+    return f"{zlib.crc32(np.ascontiguousarray(values).tobytes()):08x}"
 
 
 def _default_block(own: Devices, objective: Objective, w: Array, constants: Constants, x: Any, y: Any) -> int:

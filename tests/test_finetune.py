@@ -152,3 +152,41 @@ def test_diverging_run_keeps_the_last_finite_parameters(data, params, driver):  
     result = finetune(Net(), data, params, optimizer=optax.sgd(3e38), epochs=5, driver=driver, **QUIET)
     assert result.status == Status.NONFINITE
     assert all(np.isfinite(leaf).all() for leaf in leaves(result.params))
+
+
+def test_run_ended_by_patience_is_read_back_and_goes_on_with_more(tmp_path, data, params):  # noqa: F811
+    options: dict[str, Any] = {"optimizer": optax.sgd(3.0), "epochs": 40, "batch_size": 16, "validation": data, **QUIET}
+    whole = finetune(Net(), data, params, patience=6, **options)
+    first, second = (finetune(Net(), data, params, patience=2, checkpoint=tmp_path, **options) for _ in range(2))
+    assert first.status == second.status == Status.CONVERGED
+    assert first.epochs == second.epochs < whole.epochs
+    resumed = finetune(Net(), data, params, patience=6, checkpoint=tmp_path, **options)
+    assert resumed.history["loss"] == whole.history["loss"]
+    assert_same_params(whole.params, resumed.params, rtol=0)
+
+
+def test_diverged_run_is_read_back_as_it_is(tmp_path, data, params):  # noqa: F811
+    options: dict[str, Any] = {"optimizer": optax.sgd(3e38), "epochs": 5, "checkpoint": tmp_path, **QUIET}
+    first, second = (finetune(Net(), data, params, **options) for _ in range(2))
+    assert first.status == second.status == Status.NONFINITE
+    assert (first.epochs, first.sample_grads) == (second.epochs, second.sample_grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"optimizer": optax.sgd(1e-2)}, "arrays"),
+        ({"optimizer": optax.adam(1e-3)}, "lengths of the first updates"),
+        ({"optimizer": optax.chain(optax.adam(1e-2), optax.trace(0.0))}, "arrays"),
+        ({"validation": True}, "validation"),
+        ({"batch_size": 32}, "batch_size = 32, found 128"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(tmp_path, data, params, change, said):  # noqa: F811
+    def run(validation=False, **changes):
+        options: dict[str, Any] = {"optimizer": optax.adam(1e-2), "epochs": 2, "checkpoint": tmp_path, **QUIET}
+        finetune(Net(), data, params, validation=data if validation else None, **options | changes)
+
+    run()
+    with pytest.raises(ValueError, match=f"checkpoint must hold .*{said}"):
+        run(**change)

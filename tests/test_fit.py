@@ -1,5 +1,6 @@
 """fit_subset as a user meets it: stages, ends, models of every kind, masks, interruption."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -261,7 +262,7 @@ def test_both_drivers_start_from_the_same_warm_up(monkeypatch, data):
     monkeypatch.setattr(fit, "warm_up", watched)
     for driver in ("host", "compiled"):
         fit_subset(Net(), data, solver=LBFGS(), driver=driver, warmup_epochs=1.5, max_steps=1, progress=False)
-    (w, cost, slopes), (compiled_w, compiled_cost, compiled_slopes) = started["host"], started["compiled"]
+    (w, cost, slopes, _), (compiled_w, compiled_cost, compiled_slopes, _) = started["host"], started["compiled"]
     np.testing.assert_allclose(compiled_w, w, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(compiled_slopes, slopes, rtol=1e-4, atol=1e-5)
     assert compiled_cost == cost == 270 + 5 * 32
@@ -372,34 +373,188 @@ def test_keyboard_interrupt_returns_the_parameters_so_far(data, at):
     assert np.isfinite(result.loss)
 
 
+def assert_same_run(whole, resumed):
+    """The same bits, and nothing counted twice."""
+    assert_same_params(whole.params, resumed.params, rtol=0)
+    assert_same_stages(whole, resumed)
+    for name in whole.history.keys() - {"seconds", "sample_grads"}:
+        assert whole.history[name] == resumed.history[name]
+    assert whole.history["sample_grads"] == pytest.approx(resumed.history["sample_grads"])
+    assert (whole.status, whole.n_evals) == (resumed.status, resumed.n_evals)
+    assert whole.sample_grads == pytest.approx(resumed.sample_grads)
+
+
+def assert_same_stages(whole, resumed):
+    for stage, again in zip(whole.stages, resumed.stages, strict=True):
+        assert {k: v for k, v in stage.items() if k != "seconds"} == pytest.approx(
+            {k: v for k, v in again.items() if k != "seconds"}
+        )
+
+
+def stop(progress, at):
+    return progress.step >= at
+
+
+def press_ctrl_c(progress, at):
+    if progress.step >= at:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [stop, press_ctrl_c])
+@pytest.mark.parametrize("at", [5, 6])  # in a stage, and at its end
 @pytest.mark.parametrize(
     ("solver", "driver"), [*((solver, "host") for solver in SOLVERS), (LBFGS(), "compiled")], ids=repr
 )
-def test_resumed_fit_equals_an_uninterrupted_one(tmp_path, data, solver, driver):
+def test_resumed_fit_equals_an_uninterrupted_one(tmp_path, data, solver, driver, at, interrupt):
     options = {"solver": solver, "growth": Growth(3, 2), "until": 3, "max_steps": 12, "driver": driver} | QUIET
     whole = fit_subset(Net(), data, **options)
-    first = fit_subset(Net(), data, callback=lambda p: p.step >= 5, checkpoint=tmp_path, **options)
+    first = fit_subset(Net(), data, callback=functools.partial(interrupt, at=at), checkpoint=tmp_path, **options)
     assert first.status == Status.STOPPED
-    resumed = fit_subset(Net(), data, checkpoint=tmp_path, **options)
-    assert_same_params(whole.params, resumed.params, rtol=0)
-    assert whole.history["loss"] == resumed.history["loss"]
-    assert whole.sample_grads == pytest.approx(resumed.sample_grads)
-    assert resumed.n_steps == 12
-    assert [s["examples"] for s in whole.stages] == [s["examples"] for s in resumed.stages]
-    assert [s["sample_grads"] for s in whole.stages] == pytest.approx([s["sample_grads"] for s in resumed.stages])
+    assert first.n_steps < 12
+    assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, **options))
+
+
+@pytest.mark.parametrize("interrupt", [stop, press_ctrl_c])
+def test_fit_stopped_at_a_look_at_the_probe_is_resumed_with_its_best_parameters(tmp_path, data, interrupt):
+    options = {"solver": LBFGS(), "growth": Growth(2, 2), "max_steps": 60} | QUIET
+    whole = fit_subset(Net(), data, **options)
+    for at in (10, 20, 30):
+        fit_subset(Net(), data, callback=functools.partial(interrupt, at=at), checkpoint=tmp_path, **options)
+    assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, **options))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_fit_stopped_on_a_fresh_subset_is_resumed_on_it(tmp_path, data, at):
+    """Also after a rejected step, here each one from the second on: the loss known is that of the subset before."""
+    solver = GaussNewton(damping=1e-6, momenta=(0.0,), length_factor=1.0)
+    options = {"solver": solver, "growth": Growth(2, 1.5, nested=False), "max_steps": 12} | QUIET
+    whole = fit_subset(Net(), data, **options)
+    assert whole.history["loss"][1] == whole.history["loss"][2]
+    fit_subset(Net(), data, callback=functools.partial(stop, at=at), checkpoint=tmp_path, **options)
+    assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, **options))
+
+
+@pytest.mark.parametrize("inside", ["advance", "evaluated", "warm_up"])
+def test_ctrl_c_in_the_midst_of_a_step_drops_the_whole_step(tmp_path, monkeypatch, data, inside):
+    options = {"solver": LBFGS(), "growth": Growth(3, 2), "until": 3, "max_steps": 9, "driver": "host"} | QUIET
+    whole, calls = fit_subset(Net(), data, **options), itertools.count(1)
+    real = getattr(fit, inside)
+
+    def interrupted(*arguments):
+        after = real(*arguments)
+        if inside != "advance" or next(calls) == 4:
+            raise KeyboardInterrupt
+        return after
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, inside, interrupted)
+        if inside == "evaluated":  # the user wants out, while the result is made up
+            with pytest.raises(KeyboardInterrupt):
+                fit_subset(Net(), data, checkpoint=tmp_path, callback=lambda p: p.step == 3, **options)
+        else:
+            first = fit_subset(Net(), data, checkpoint=tmp_path, **options)
+            assert (first.status, first.n_steps) == (Status.STOPPED, 3 if inside == "advance" else 0)
+    assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, **options))
+
+
+@pytest.mark.parametrize("solver", [GaussNewton(), LBFGS()], ids=repr)
+def test_fit_with_more_steps_goes_on_as_if_it_had_had_them(tmp_path, data, solver):
+    options = {"solver": solver, "growth": Growth(3, 2), "until": "representative", **QUIET}
+    whole = fit_subset(Net(), data, max_steps=25, **options)
+    for steps in (7, 13):
+        assert fit_subset(Net(), data, max_steps=steps, checkpoint=tmp_path, **options).n_steps == steps
+    assert_same_run(whole, fit_subset(Net(), data, max_steps=25, checkpoint=tmp_path, **options))
+
+
+def test_fit_with_a_lower_target_goes_on_as_if_it_had_had_it(tmp_path, data):
+    options = {"growth": Growth(1e9), "max_steps": 30, "solver": LBFGS(), **QUIET}
+    whole = fit_subset(Net(), data, target_loss=0.45, **options)
+    first = fit_subset(Net(), data, target_loss=0.6, checkpoint=tmp_path, **options)
+    assert first.status == whole.status == Status.TARGET_REACHED
+    assert first.n_steps < whole.n_steps
+    assert_same_run(whole, fit_subset(Net(), data, target_loss=0.45, checkpoint=tmp_path, **options))
 
 
 def test_finished_fit_is_read_back_from_its_checkpoint(tmp_path, data):
     options = {"max_steps": 200, "solver": LBFGS(), "checkpoint": tmp_path, "l2": 1e-2, **QUIET}
-    first, second = (fit_subset(linear, data, LINEAR, **options) for _ in range(2))
-    assert first.status == second.status == Status.CONVERGED
-    assert first.n_steps == second.n_steps
+    first, second, third = (fit_subset(linear, data, LINEAR, **options) for _ in range(3))
+    assert first.status == Status.CONVERGED
+    assert_same_run(first, second)
+    assert_same_run(first, third)
 
 
-def test_checkpoint_of_another_run_is_refused(tmp_path, data):
-    fit_subset(Net(), data, max_steps=2, checkpoint=tmp_path, **QUIET)
-    with pytest.raises(ValueError, match=r"checkpoint must hold a run with seed = 1, found 0"):
-        fit_subset(Net(), data, max_steps=2, seed=1, checkpoint=tmp_path, **QUIET)
+def scaled(params, x):
+    return 2 * linear(params, x)
+
+
+ONE_LESS = [{"w": np.arange(15).reshape(5, 3) != 0, "b": True}, {"w": np.arange(15).reshape(5, 3) != 1, "b": True}]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({}, {"seed": 1}, r"seed = 1, found 0"),
+        ({}, {"solver": LBFGS(memory=5)}, r"solver = .LBFGS\(memory=5"),
+        ({}, {"data": slice(None, None, -1)}, "data"),
+        ({}, {"loss": lambda f, y: optax.sigmoid_focal_loss(f, jax.nn.one_hot(y, 3)).sum(axis=1)}, "losses near"),
+        ({}, {"model": scaled}, "losses near"),
+        ({"trainable": ONE_LESS[0]}, {"trainable": ONE_LESS[1]}, "trainable"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(tmp_path, data, first, second, said):
+    def run(model=linear, data=slice(None), **changes):
+        options: dict[str, Any] = {"solver": LBFGS(), "max_steps": 2, "checkpoint": tmp_path, **QUIET}
+        fit_subset(model, (examples[0][data], examples[1][data]), LINEAR, **options | changes)
+
+    examples = data
+    run(**first)
+    with pytest.raises(ValueError, match=f"checkpoint must hold a run with {said}"):
+        run(**second)
+    run(**first)
+
+
+def test_checkpoint_that_is_a_file_is_refused(tmp_path, data):
+    (tmp_path / "fit").touch()
+    with pytest.raises(ValueError, match="checkpoint must be the path of a folder"):
+        fit_subset(Net(), data, checkpoint=tmp_path / "fit", **QUIET)
+
+
+# --- the warm-up ---------------------------------------------------------------------------------------------------
+
+
+def test_warm_up_that_diverges_is_dropped_and_the_result_says_so():
+    """Poisson regression with one parameter: Adam's rate is two, and exp(2 x) is beyond every number."""
+    x = np.linspace(0, 60, 200, dtype=np.float32)[:, None]
+
+    def poisson(outputs, y):
+        return (jnp.exp(outputs) - y * outputs)[:, 0]
+
+    start, y = np.zeros((1, 1), np.float32), np.exp(0.03 * x).astype(np.float32)
+    result = fit_subset(product, (x, y), start, loss=poisson, progress=False)
+    assert result.params[0, 0] == pytest.approx(0.03, rel=0.01)
+    assert "warm-up raised the loss" in result.message
+    assert "warm-up" not in fit_subset(product, (x, y), start, loss=poisson, warmup_epochs=0, progress=False).message
+
+
+def test_warm_up_leaves_a_class_alone_that_never_occurs(data):
+    """The squares of its gradients underflow; updates are never more than Adam's rate all the same."""
+    params = {"w": np.zeros((5, 4), np.float32), "b": np.array([[0, 0, 0, -42]], np.float32)}
+    warm, cold = (fit_subset(linear, data, params, warmup_epochs=e, max_steps=20, progress=False) for e in (1, 0))
+    assert warm.loss == pytest.approx(cold.loss, rel=0.05)
+    assert np.abs(leaves(warm.params)[1]).max() < 10
+
+
+def test_warm_up_knows_nothing_of_the_loss_s_scale(data):
+    """Down to where the gradients themselves underflow."""
+
+    def at_scale(scale):
+        def loss(outputs, y):
+            return scale * optax.softmax_cross_entropy_with_integer_labels(outputs, y)
+
+        options: dict[str, Any] = {"solver": LBFGS(), "growth": Growth(1e9), "max_steps": 1, "progress": False}
+        return fit_subset(linear, data, LINEAR, loss=loss, **options)
+
+    assert_same_params(at_scale(1.0).params, at_scale(1e-30).params, rtol=1e-3, atol=1e-4)
 
 
 def test_exploding_loss_is_a_status_with_the_last_finite_parameters():
@@ -413,6 +568,51 @@ def test_exploding_loss_is_a_status_with_the_last_finite_parameters():
     assert np.isfinite(leaves(result.params)[0]).all()
     assert np.isfinite(result.loss)
     assert result.status in (Status.STALLED, Status.NONFINITE, Status.MAX_STEPS)
+
+
+# --- scales and hard losses ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [GaussNewton(curvature_ratio=None), *SOLVERS], ids=repr)
+@pytest.mark.parametrize(("of_x", "of_y"), [(1, 1e-9), (1e-10, 1), (1e-9, 1e-9), (1e10, 1e10)])
+def test_regression_is_solved_at_every_scale_of_its_data(solver, of_x, of_y):
+    """The squares of its gradients are beyond the range of float32."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(200, 4))
+    y = x @ rng.normal(size=(4, 2)) + 0.1 * rng.normal(size=(200, 2))
+    x, y = (of_x * x).astype(np.float32), (of_y * y).astype(np.float32)
+    _, residuals, *_ = np.linalg.lstsq(x.astype(float), y.astype(float))
+    options: dict[str, Any] = {"loss": "squared_error", "growth": Growth(1e9), "warmup_epochs": 0, "progress": False}
+    result = fit_subset(product, (x, y), np.zeros((4, 2), np.float32), solver=solver, **options)
+    assert result.loss == pytest.approx(residuals.sum() / 400, rel=1e-5)
+    assert result.status in (Status.CONVERGED, Status.STALLED)
+
+
+@pytest.mark.parametrize("of_x", [1, 100])
+def test_loss_without_a_hessian_is_descended(of_x):
+    def hinge(outputs, y):
+        return jnp.maximum(0, 1 - outputs[:, 0] * y)
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 4)).astype(np.float32)
+    y = np.sign(x @ rng.normal(size=4) + 0.1 * rng.normal(size=200)).astype(np.float32)
+    options: dict[str, Any] = {"loss": hinge, "warmup_epochs": 0, "progress": False}
+    result = fit_subset(product, (of_x * x, y), np.zeros((4, 1), np.float32), **options)
+    assert result.loss < 0.25  # 1 at the start
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_no_nan_comes_up_inside(data, solver):
+    with jax.debug_nans(True):
+        fit_subset(Net(), data, solver=solver, max_steps=3, **QUIET)
+
+
+@pytest.mark.parametrize("driver", ["host", "compiled"])
+def test_blocks_larger_than_the_data_are_those_of_the_data(data, driver):
+    """What is beyond them would be computed, too."""
+    options: dict[str, Any] = {"solver": LBFGS(), "driver": driver, "max_steps": 3, **QUIET}
+    whole, larger = (fit_subset(Net(), data, block_size=size, **options) for size in (300, 10**8))
+    assert_same_params(whole.params, larger.params, rtol=0)
 
 
 # --- compilation ---------------------------------------------------------------------------------------------------

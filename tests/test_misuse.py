@@ -1,5 +1,7 @@
 """What a user may get wrong: each mistake is a ValueError that says what, what was found, and the way out."""
 
+import dataclasses
+import fractions
 import functools
 import re
 from collections.abc import Callable
@@ -93,6 +95,25 @@ class WithDropout(nn.Module):
         return nn.Dense(M)(nn.Dropout(0.5, deterministic=False)(x))
 
 
+@dataclasses.dataclass
+class Settings:
+    """Equal ones are equal, so that it has no hash."""
+
+    factor: float
+
+    def __call__(self, params: Any, x: jax.Array) -> jax.Array:
+        return self.factor * (x @ params)
+
+
+class Unreadable:
+    """As a tensor on another device."""
+
+    shape, dtype = (N, D), np.dtype("float32")
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("not on this device")
+
+
 DENSE = nn.Dense(M)
 DENSE_VARIABLES: Any = DENSE.init(jax.random.key(0), X[:1])
 DENSE_PARAMS = DENSE_VARIABLES["params"]
@@ -113,6 +134,16 @@ DATA: Mistakes = {
     "inputs as text": ({"data": (X.astype(str), Y)}, "x", "<U", "astype|encode"),
     "labels as text": ({"data": (X, Y.astype(str))}, "y", "<U", "astype|encode|np.unique"),
     "complex inputs": ({"data": (X.astype(np.complex64), Y)}, "x", "complex64", "astype"),
+    "a masked array": ({"data": (np.ma.masked_greater(X, 1), Y)}, "x", "masked", "filled"),
+    "bytes of another order": ({"data": (X, Y.astype(">i4"))}, "y", ">i4", "astype"),
+    "integers beyond 32 bits": ({"data": (changed(Y[:, None], 3, 2**40), Y)}, "x", str(2**40), "jax_enable_x64"),
+    "counts beyond 32 bits": (
+        {"data": (changed(Y[:, None].astype("uint64"), 3, 2**40), Y)},
+        "x",
+        str(2**40),
+        "rescale",
+    ),
+    "what NumPy cannot read": ({"data": (Unreadable(), Y)}, "x", "(20, 4)", "NumPy array"),
     "fewer labels than inputs": ({"data": (X, Y[:-1])}, "x and y", "20 and 19", "drop or add"),
     "no examples": ({"data": (X[:0], Y[:0])}, "x", "(0, 4)", "pass the training examples"),
     "NaN in x": ({"data": (changed(X, 7, np.nan), Y)}, "x", "row 7", "remove or impute"),
@@ -141,6 +172,15 @@ DATA: Mistakes = {
         {"data": (X, ONE_HOT.astype(float)), "loss": "squared_error"},
         *("y", "float64", "float32"),
     ),
+    "regression targets of other axes": (
+        {"model": lambda p, x: jnp.stack([x @ p] * 2, axis=1), "data": (X, np.zeros((N, M, 2), "float32"))}
+        | {"loss": "squared_error"},
+        *("y", "(20, 3, 2)", "transpose"),
+    ),
+    "float64 targets of a function": (
+        {"data": (X, ONE_HOT.astype(float)), "loss": lambda f, y: jnp.sum((f - y) ** 2, axis=1)},
+        *("y", "float64", "float32"),
+    ),
     "labels as regression targets": (
         {"data": (X, np.stack([Y] * M, axis=1)), "loss": "squared_error"},
         *("y", "int", "float32"),
@@ -151,6 +191,7 @@ MODEL: Mistakes = {
     "the class of a linen module": ({"model": nn.Dense}, "model", "Dense", r"Dense\(\.\.\.\)"),
     "the class of an nnx module": ({"model": nnx.Linear}, "model", "Linear", r"Linear\(\.\.\.\)"),
     "no model": ({"model": None}, "model", "None", "pass"),
+    "a function without a hash": ({"model": Settings(2.0)}, "model", "Settings", "lambda params, x"),
     "a function without params": ({"params": None}, "params", "None", "pass the parameters"),
     "batch statistics": ({"model": WithBatchNorm(), "params": None}, "model", "batch_stats", "frozen"),
     "batch statistics with params": (
@@ -197,6 +238,7 @@ MODEL: Mistakes = {
 
 LOSS: Mistakes = {
     "unknown loss": ({"loss": "mse"}, "loss", "'mse'", "pass one"),
+    "a loss without a hash": ({"loss": Settings(2.0)}, "loss", "Settings", "frozen=True"),
     "no loss": ({"loss": None}, "loss", "None", "pass one"),
     "a mean": ({"loss": lambda f, y: cross_entropy(f, y).mean()}, "loss", "()", "per-example"),
     "a sum": ({"loss": lambda f, y: cross_entropy(f, y).sum()}, "loss", "()", "per-example"),
@@ -214,6 +256,7 @@ SHARED: Mistakes = {
     "a seed of 64 bits": ({"seed": 2**63}, "seed", str(2**63), "seed="),
     "text as callback": ({"callback": "print"}, "callback", "'print'", "lambda progress"),
     "an unknown driver": ({"driver": "gpu"}, "driver", "'gpu'", "pick one"),
+    "a file as checkpoint": ({"checkpoint": __file__}, "checkpoint", "test_misuse.py", "folder"),
     "True as checkpoint": ({"checkpoint": True}, "checkpoint", "True", "folder"),
 }
 
@@ -238,6 +281,15 @@ FIT: Mistakes = {
     "l2 below zero": ({"l2": -1e-3}, "l2", "-0.001", "l2=0"),
     "l2 as text": ({"l2": "1e-3"}, "l2", "'1e-3'", "l2=0"),
     "l2 of None": ({"l2": None}, "l2", "None", "l2=0"),
+    "convergence on fresh subsets": (
+        {"until": "converged", "growth": Growth(1, nested=False)},
+        *("until", "'converged'", "nested=True"),
+    ),
+    "a probe of none": (
+        {"until": "representative", "data": (X[:9], Y[:9]), "growth": Growth(0.5, nested=False)},
+        *("until", "'representative'", "until=1"),
+    ),
+    "target beyond every number": ({"target_loss": 10**400}, "target_loss", "1000", "pass"),
     "target that is NaN": ({"target_loss": np.nan}, "target_loss", "nan", "pass"),
     "blocks of nothing": ({"block_size": 0}, "block_size", "0", "block_size=1"),
     "half blocks": ({"block_size": 64.5}, "block_size", "64.5", "block_size=1"),
@@ -254,6 +306,7 @@ TUNE: Mistakes = {
     "empty batches": ({"batch_size": 0}, "batch_size", "0", "batch_size=1"),
     "an optimizer's name": ({"optimizer": "adam"}, "optimizer", "'adam'", "optax.adam"),
     "an optimizer not called": ({"optimizer": optax.adam}, "optimizer", "function", "optax.adam"),
+    "an optimizer that wants the loss": ({"optimizer": optax.lbfgs()}, "optimizer", "value_fn", "optax.adam"),
     "a rate": ({"optimizer": 1e-3}, "optimizer", "0.001", "optax.adam"),
     "patience without validation": ({"patience": 2}, "patience", "2", "validation="),
     "no patience": ({"patience": 0, "validation": (X, Y)}, "patience", "0", "patience=1"),
@@ -274,6 +327,7 @@ GROWTH: Mistakes = {
     "from below zero": ({"start": -1}, "Growth.start", "-1", NOT_ZERO),
     "from NaN": ({"start": np.nan}, "Growth.start", "nan", NOT_ZERO),
     "from text": ({"start": "4"}, "Growth.start", "'4'", NOT_ZERO),
+    "that nests a little": ({"nested": "no"}, "Growth.nested", "'no'", "=True"),
     "that stays": ({"factor": 1}, "Growth.factor", "1", "stop=q"),
     "that shrinks": ({"factor": 0.5}, "Growth.factor", "0.5", "stop=q"),
     "by NaN": ({"factor": np.nan}, "Growth.factor", "nan", NOT_ZERO),
@@ -369,3 +423,38 @@ def test_whole_numbers_of_numpy_serve_as_python_ones(tmp_path: Path):
     )
     assert numpy.history["loss"] == python.history["loss"]
     assert numpy.history["examples"] == python.history["examples"]
+
+
+class Frame:
+    """As a data frame or a tensor: rows by label, if at all, but NumPy can read it."""
+
+    def __init__(self, values: np.ndarray):
+        self._values, self.shape = values, values.shape
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return self._values
+
+
+@pytest.mark.parametrize("wrap", [Frame, np.ndarray.tolist, jnp.asarray, lambda a: a.view(np.matrix)])
+def test_whatever_numpy_reads_serves_as_inputs(wrap: Callable[[np.ndarray], Any]):
+    options: dict[str, Any] = {"callback": None, "max_steps": 3}
+    x = X if wrap is not np.ndarray.tolist else X.astype(float)
+    with jax.enable_x64(x.dtype == float):
+        plain, wrapped = (fit(data=(a, Y), params=W.astype(x.dtype), **options) for a in (x, wrap(x)))
+    assert wrapped.history["loss"] == plain.history["loss"]
+
+
+def test_settings_of_numpy_and_fractions_are_python_s():
+    def solvers(number: Callable[[float], Any]) -> tuple[GaussNewton, LBFGS, Growth]:
+        gauss_newton = GaussNewton(damping=number(0.5), momenta=(number(0.25),), length_factor=number(1.5))
+        return gauss_newton, LBFGS(tolerance=number(0.125)), Growth(number(2), number(1.5))
+
+    assert repr(solvers(float)) == repr(solvers(np.float64)) == repr(solvers(fractions.Fraction))
+    assert repr(LBFGS(memory=5)) == repr(LBFGS(memory=np.int64(5)))  # pyright: ignore[reportArgumentType]
+    with jax.enable_x64(True):  # where a float64 would promote what it meets
+        result = fit(solver=solvers(np.float64)[0], callback=None, max_steps=2, data=(X, Y.astype("int32")))
+    assert result.params.dtype == np.float32
+
+
+def test_a_ratio_beyond_every_number_is_the_whole_set():
+    assert Growth(1e308).sizes(20, 1000, 1) == [20]
