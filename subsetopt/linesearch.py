@@ -68,7 +68,9 @@ def propose(search: Search) -> Array:
     """
     low, high = search.low, search.high
     width = high.t - low.t
-    inside = jnp.clip(_cubic_minimum(low, high), low.t + 0.01 * width, high.t - 0.1 * width)
+    # To a tenth at once, and to a hundredth where the slope beyond is so steep that no rounding can feign it.
+    least = jnp.where(high.slope > 10, 0.01, 0.1).astype(width.dtype)
+    inside = jnp.clip(_cubic_minimum(low, high), low.t + least * width, high.t - 0.1 * width)
     bracketed = jnp.where(_finite(high), inside, low.t + 0.1 * width)
     return jnp.where(jnp.isfinite(high.t), bracketed, 4 * low.t)
 
