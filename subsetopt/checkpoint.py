@@ -1,6 +1,9 @@
 """Save and resume: a tree of arrays and a JSON record, written by orbax so that a crash leaves the last good one."""
 
+import contextlib
 import itertools
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 
 from subsetopt import checks
 
+_SAVING = 20  # a save for so many times its duration
 _WAY_OUT = "pass an empty folder, or the arguments of the first call"
 
 
@@ -22,9 +26,9 @@ class Checkpoint:
     process: of several, the first one saves; all of them load, so the folder has to be one that all can read.
     """
 
-    def __init__(self, path: str | Path | None, run: dict[str, Any], process: int = 0, every_seconds: float = 60.0):
-        self._process = process
-        self.run, self.every_seconds, self._saved = run, every_seconds, time.perf_counter()
+    def __init__(self, path: str | Path | None, run: dict[str, Any], process: int = 0):
+        self._process, self.run = process, run
+        self._saved, self._took = time.perf_counter(), 0.0  # when, and how long it took
         self._manager: Any = None
         if path is not None:
             import orbax.checkpoint as ocp  # imported here: it takes seconds and few runs need it
@@ -53,24 +57,42 @@ class Checkpoint:
         return jax.tree.unflatten(structure, found), saved["record"]["content"]
 
     def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> None:
-        """Keep this state, if `now` or the last save is long enough ago."""
-        if (
-            self._manager is None
-            or self._process > 0
-            or not (now or time.perf_counter() - self._saved > self.every_seconds)
-        ):
-            return
+        """Keep this state, if `now` or if the last save is so long ago that all take a twentieth of the time."""
+        due = now or time.perf_counter() - self._saved > _SAVING * self._took
+        if self._manager is not None and self._process == 0 and due:
+            with _ctrl_c_later():
+                self._save(tree, content)
+
+    def _save(self, tree: Any, content: dict[str, Any]) -> None:
+        begin = time.perf_counter()
         arrays, args = _named(jax.tree.leaves(tree)), self._ocp.args
         record = {"run": self.run, "content": content}
         step = (self._manager.latest_step() or 0) + 1
         self._manager.save(step, args=args.Composite(tree=args.StandardSave(arrays), record=args.JsonSave(record)))
         self._saved = time.perf_counter()
+        self._took = self._saved - begin
 
     def _check_same_run(self, saved: dict[str, Any]) -> None:
         for key in self.run | saved:
             before, now = saved.get(key), self.run.get(key)
             must = f"hold a run with {key} = {now!r}"
             checks.require(_agree(before, now), "checkpoint", must, repr(before), _WAY_OUT)
+
+
+@contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C waits for the end: half a checkpoint, which orbax's threads go on writing, is in the next one's way."""
+    handler, pressed = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):  # nothing comes up in here
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(signal.SIGINT, None)
 
 
 def _agree(before: Any, now: Any) -> bool:

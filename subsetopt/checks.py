@@ -159,6 +159,7 @@ def optimizer(value: Any, params: Any) -> Any:
     fits = hasattr(value, "init") and hasattr(value, "update")
     way_out = "pass for example optax.adam(1e-3)"
     require(fits, "optimizer", "be an optax.GradientTransformation", _describe(value), way_out)
+    hashable("optimizer", value, "make it an optax.GradientTransformation(init, update)")
     try:
         with jax.numpy_dtype_promotion("standard"):
             jax.eval_shape(lambda p: value.update(p, value.init(p), p), params)

@@ -24,6 +24,7 @@ from subsetopt.solve import Progress, Status
 from subsetopt.timing import Stopwatch
 
 WARM_UP_BATCH = 32  # measured, at fixed rates: twice as far in an epoch as batches of 128
+_TELLING_STEPS = 20  # of fewer a tenth is one batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def finetune(
     optimizer = checks.optimizer(optimizer, problem.objective.model.unflatten(w, problem.constants))
     batch_size = min(batch_size, problem.examples)
     run = _Run(problem, placed(problem, driver), w, optimizer, trainable, batch_size, seed, watched)
-    plan = {"call": "finetune", "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    plan = {"call": "finetune", "batch_size": batch_size, "seed": seed}
     saver = Checkpoint(checkpoint, {} if checkpoint is None else plan | run.description(w))
     run.resume(saver)
     with Bar("finetune", epochs, progress) as bar:
@@ -159,6 +160,10 @@ class _Run:
                     self.status = Status.STOPPED
         except KeyboardInterrupt:
             self.status = Status.STOPPED
+        except Exception:  # of the callback, or of a device
+            with contextlib.suppress(Exception):
+                saver.save(self.tree(), self.content(), now=True)
+            raise
         with contextlib.suppress(KeyboardInterrupt):
             saver.save(self.tree(), self.content(), now=True)
 
@@ -327,8 +332,9 @@ def warm_up(
     """Adam on mini-batches of the problem's subset, whose data one device holds; cosine decay to zero.
 
     Returns the new w (P,), the sample_grads spent, the slopes (N,) that each example showed when it was last met, NaN
-    where it never was, and whether the loss was higher in the last tenth of the steps than in the first: then w is the
-    old one. A first-order start: far from a minimum a Gauss-Newton model is not worth its price (heuristic, measured).
+    where it never was, and whether it is in doubt that the loss has fallen: by the mini-batches of the first and of the
+    last tenth of the steps it has not, or they are too few to say. A first-order start: far from a minimum a
+    Gauss-Newton model is not worth its price (heuristic, measured).
     """
     examples = int(problem.count)
     batch_size = min(WARM_UP_BATCH, examples)
@@ -337,24 +343,19 @@ def warm_up(
     optimizer = _warm_up_optimizer(steps, problem.parameters)
     params = problem.objective.model.unflatten(w, problem.constants)
     at, cost, slopes = (params, optimizer.init(params)), 0.0, np.full(problem.examples, np.nan, problem.dtype)
-    losses = []
+    losses, sizes = [], []
     for epoch in range(-(-steps // per_epoch)):
         order = itertools.islice(minibatches(examples, batch_size, seed, epoch), steps - epoch * per_epoch)
         batches = [problem.subset[indices] for indices in order]
         at, means, met = descend(problem, optimizer, at, mask, batches, batch_size)
-        losses.append(means)
+        losses += means.tolist()
+        sizes += map(len, batches)
         for batch, slope in zip(batches, met, strict=True):
             slopes[batch] = slope[: len(batch)]
             cost += GRADIENT * len(batch)
-    after, diverged = _flatten(problem, at[0]), _rose(np.concatenate(losses))
-    diverged |= not bool(jnp.all(jnp.isfinite(after)))
-    return (w if diverged else after), cost, slopes, diverged
-
-
-def _rose(losses: np.ndarray) -> bool:
-    """Whether they were higher in the last tenth than in the first, or not finite in the last."""
-    tenth = max(1, len(losses) // 10)
-    return not np.mean(losses[-tenth:], dtype=np.float64) <= np.mean(losses[:tenth], dtype=np.float64)
+    tenth = slice(None, max(1, steps // 10))
+    first, last = (np.average(losses[::way][tenth], weights=sizes[::way][tenth]) for way in (1, -1))
+    return _flatten(problem, at[0]), cost, slopes, steps < _TELLING_STEPS or not last < first
 
 
 @functools.lru_cache(maxsize=64)  # the same optimizer object, so that the same fit compiles its step once

@@ -23,6 +23,7 @@ from subsetopt.solve import Progress, Solver, State, Status, Step, advance, eval
 from subsetopt.timing import Stopwatch
 
 PROBE_EXAMPLES, PROBE_SHARE = (1000, 0.1)  # the probe: 1,000 examples, but at most a tenth of the training set
+WARM_UP_EXAMPLES = 320  # tell whether the loss has fallen in the warm-up, where its mini-batches leave doubts
 REPRESENTATIVE = 0.005  # a stage goes on while the probe's loss falls by 0.5 % from check to check
 
 _STAGE = ("examples", "ratio", "status", "steps", "evals", "sample_grads", "loss", "probe_loss", "seconds")
@@ -126,8 +127,8 @@ def fit_subset(
             fresh subset. None: the solver's own. The last stage goes on until it has converged, target_loss or
             max_steps; with "representative" and a subset as last stage, the probe ends that one too.
         warmup_epochs: Adam on mini-batches of 32 before the first step, in epochs; 0: none. Its rate rises to
-            min(25 steps^-1/2, 2) P^-1/2 over the first tenth of its steps and decays as a cosine; no l2. Where the
-            loss was higher in the last tenth than in the first, its parameters are dropped, and the message says so.
+            min(25 steps^-1/2, 2) P^-1/2 over the first tenth of its steps and decays as a cosine; no l2. Where it
+            raises the loss, its parameters are dropped, and the message says so.
         seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
         l2: adds l2/2 |w|^2 over trainable parameters.
         max_steps: solver steps in all stages together; None: the solver's own.
@@ -250,22 +251,31 @@ class _Fit:
         except KeyboardInterrupt:
             vars(self).update(self.point)  # what came after is dropped as a whole
             self.status = Status.STOPPED
+        except Exception:  # of the callback, or of a device
+            with contextlib.suppress(Exception):
+                self._save(saver, now=True)
+            raise
         with contextlib.suppress(KeyboardInterrupt):
             self._save(saver, now=True)
         if self.status == Status.STOPPED:
             self._close_stage(self.ended or Status.STOPPED)
 
     def _warm_up(self, w: Array, mask: Any, epochs: float) -> None:
-        pool = self.problem.on(self.pool if self.probe is not None else self.order)
-        w, cost, self.slopes, self.diverged = warm_up(self._here(pool), w, mask, epochs, self.seed)
-        self.state = self.state.replace(w=w, cost=cost)
+        pool = self.pool if self.probe is not None else self.order
+        after, cost, self.slopes, doubtful = warm_up(self._here(self.problem.on(pool)), w, mask, epochs, self.seed)
+        if doubtful:
+            shown = subset_of(pool[:WARM_UP_EXAMPLES], self.problem.dtype)
+            new, old = (np.mean(self.host.losses(self._here(at), shown), dtype=np.float64) for at in (after, w))
+            cost += 2 * LOSS * len(shown.indices)
+            self.diverged = not new <= old
+        self.state = self.state.replace(w=w if self.diverged else after, cost=cost)
 
     def _complete(self, saver: Checkpoint) -> None:
         """Here an interrupted fit goes back to, and a resumed one goes on from: all a step changes, or nothing."""
         point = {name: getattr(self, name) for name in (*_KEPT, "state", "best_w", "slopes", "problem")}
         history = {name: column.copy() for name, column in self.history.items()}
         self.point = point | {"history": history}
-        self._save(saver, now=bool(self.ended))
+        self._save(saver)
 
     def _goes_on(self) -> bool:
         """Whether there is another step to take; a stage that has ended is left for the next one."""
@@ -453,7 +463,7 @@ class _Fit:
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _save(self, saver: Checkpoint, now: bool) -> None:
+    def _save(self, saver: Checkpoint, now: bool = False) -> None:
         """The last complete step, if there is one: a warm-up that was interrupted begins again."""
         if self.point:
             content = {name: self.point[name] for name in (*_KEPT, "history")}

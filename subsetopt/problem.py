@@ -435,8 +435,9 @@ def identity(problem: Problem, w: Array) -> dict[str, Any]:
 
 
 def checksum(values: Any) -> str:
-    """CRC-32 of an array's bytes."""
-    return f"{zlib.crc32(np.ascontiguousarray(values).tobytes()):08x}"
+    """CRC-32 of an array's bytes, in the dtype that JAX computes with."""
+    dtype = jax.dtypes.canonicalize_dtype(values.dtype)
+    return f"{zlib.crc32(np.asarray(values).astype(dtype).tobytes()):08x}"
 
 
 def _default_block(own: Devices, objective: Objective, w: Array, constants: Constants, x: Any, y: Any) -> int:

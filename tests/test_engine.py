@@ -139,7 +139,7 @@ def test_memory_mapped_data_are_like_any_other(tmp_path: Path, solver: Any):
     np.save(tmp_path / "x.npy", MLP.x)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     growth = Growth(0.5, 2, nested=isinstance(solver, LBFGS))
-    options = {"growth": growth, "max_steps": 6, "block_size": 16}
+    options = {"growth": growth, "until": 3, "max_steps": 6, "block_size": 16}
     plain, streamed = fit(solver, driver="host", **options), fit(solver, (mapped, MLP.y), **options)
     np.testing.assert_array_equal(streamed.history["loss"], plain.history["loss"])
     assert streamed.driver == "host"

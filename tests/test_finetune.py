@@ -165,6 +165,15 @@ def test_run_ended_by_patience_is_read_back_and_goes_on_with_more(tmp_path, data
     assert_same_params(whole.params, resumed.params, rtol=0)
 
 
+def test_run_with_more_epochs_goes_on(tmp_path, data, params):  # noqa: F811
+    options: dict[str, Any] = {"optimizer": optax.adam(1e-2), **QUIET}
+    whole = finetune(Net(), data, params, epochs=5, **options)
+    for epochs in (2, 5):
+        resumed = finetune(Net(), data, params, epochs=epochs, checkpoint=tmp_path, **options)
+    assert resumed.history["loss"] == whole.history["loss"]
+    assert_same_params(whole.params, resumed.params, rtol=0)
+
+
 def test_diverged_run_is_read_back_as_it_is(tmp_path, data, params):  # noqa: F811
     options: dict[str, Any] = {"optimizer": optax.sgd(3e38), "epochs": 5, "checkpoint": tmp_path, **QUIET}
     first, second = (finetune(Net(), data, params, **options) for _ in range(2))

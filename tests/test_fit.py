@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import os
+import signal
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +16,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, fit, fit_subset
+from subsetopt.checkpoint import Checkpoint
 from subsetopt.finetune import warm_up
 from subsetopt.timing import compiled_programs
 
@@ -457,6 +460,35 @@ def test_ctrl_c_in_the_midst_of_a_step_drops_the_whole_step(tmp_path, monkeypatc
     assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, **options))
 
 
+def test_ctrl_c_while_a_checkpoint_is_written_waits_for_it(tmp_path, monkeypatch, data):
+    options = {"growth": Growth(3, 2, nested=False), "max_steps": 6} | QUIET
+    whole, real = fit_subset(Net(), data, **options), Checkpoint._save
+
+    def save(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "_save", save)
+        first = fit_subset(Net(), data, checkpoint=tmp_path, **options)
+    assert (first.status, first.n_steps) == (Status.STOPPED, 0)
+    assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, **options))
+
+
+def test_fit_whose_callback_fails_is_resumed(tmp_path, data):
+    def fail(progress):
+        if progress.step == 4:
+            raise OSError("no space left")
+
+    options = {"solver": LBFGS(), "driver": "host", "max_steps": 9} | QUIET
+    whole = fit_subset(Net(), data, **options)
+    with pytest.raises(OSError, match="no space left"):
+        fit_subset(Net(), data, checkpoint=tmp_path, callback=fail, **options)
+    seen: list[Progress] = []
+    assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, callback=seen.append, **options))
+    assert seen[0].step == 5
+
+
 @pytest.mark.parametrize("solver", [GaussNewton(), LBFGS()], ids=repr)
 def test_fit_with_more_steps_goes_on_as_if_it_had_had_them(tmp_path, data, solver):
     options = {"solver": solver, "growth": Growth(3, 2), "until": "representative", **QUIET}
@@ -534,6 +566,16 @@ def test_warm_up_that_diverges_is_dropped_and_the_result_says_so():
     assert result.params[0, 0] == pytest.approx(0.03, rel=0.01)
     assert "warm-up raised the loss" in result.message
     assert "warm-up" not in fit_subset(product, (x, y), start, loss=poisson, warmup_epochs=0, progress=False).message
+
+
+@pytest.mark.parametrize("examples", [33, 97])
+def test_warm_up_is_not_dropped_for_the_noise_of_its_batches(data, examples):
+    """The last one may be a single example."""
+    part, cold = (data[0][:examples], data[1][:examples]), Net().init(jax.random.key(0), data[0])
+    options: dict[str, Any] = {"solver": LBFGS(), "growth": Growth(1e9), "max_steps": 1, "progress": False}
+    for seed in range(8):
+        result = fit_subset(Net(), part, cold["params"], seed=seed, **options)
+        assert "warm-up" not in result.message
 
 
 def test_warm_up_leaves_a_class_alone_that_never_occurs(data):

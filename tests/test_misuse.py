@@ -105,6 +105,18 @@ class Settings:
         return self.factor * (x @ params)
 
 
+@dataclasses.dataclass
+class Steepest:
+    """No hash either."""
+
+    rate: float
+
+    def init(self, params: Any) -> None: ...
+
+    def update(self, updates: Any, state: None, params: Any = None) -> tuple[Any, None]:
+        return jax.tree.map(lambda g: -self.rate * g, updates), state
+
+
 class Unreadable:
     """As a tensor on another device."""
 
@@ -307,6 +319,7 @@ TUNE: Mistakes = {
     "an optimizer's name": ({"optimizer": "adam"}, "optimizer", "'adam'", "optax.adam"),
     "an optimizer not called": ({"optimizer": optax.adam}, "optimizer", "function", "optax.adam"),
     "an optimizer that wants the loss": ({"optimizer": optax.lbfgs()}, "optimizer", "value_fn", "optax.adam"),
+    "an optimizer without a hash": ({"optimizer": Steepest(1e-3)}, "optimizer", "Steepest", "init, update"),
     "a rate": ({"optimizer": 1e-3}, "optimizer", "0.001", "optax.adam"),
     "patience without validation": ({"patience": 2}, "patience", "2", "validation="),
     "no patience": ({"patience": 0, "validation": (X, Y)}, "patience", "0", "patience=1"),

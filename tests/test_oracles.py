@@ -38,7 +38,7 @@ def float64():
 
 
 def fit(example: Example, solver: Any, max_steps: int, **options: Any) -> FitResult:
-    options = {"l2": example.l2, "loss": example.loss, "growth": WHOLE} | options
+    options = {"l2": example.l2, "loss": example.loss, "growth": WHOLE, "until": "converged"} | options
     data = example.x, example.y
     return fit_subset(
         example.apply,
@@ -46,7 +46,6 @@ def fit(example: Example, solver: Any, max_steps: int, **options: Any) -> FitRes
         example.params,
         solver=solver,
         max_steps=max_steps,
-        until="converged",
         warmup_epochs=0,
         progress=False,
         **options,
@@ -464,7 +463,8 @@ def test_scale_of_the_loss_changes_no_iterate(example: Example, solver: Any):
 )
 def test_block_size_changes_results_by_rounding_only(solver: Any, nested: bool):
     growth = Growth(1, 2, nested=nested)
-    losses = [fit(CNN, solver, 6, growth=growth, block_size=size).history["loss"] for size in (7, 64, None)]
+    sizes = (7, 64, None)
+    losses = [fit(CNN, solver, 6, growth=growth, until=3, block_size=size).history["loss"] for size in sizes]
     np.testing.assert_allclose(losses[0], losses[2], rtol=1e-9)
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-9)
 
