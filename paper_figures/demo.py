@@ -44,6 +44,7 @@ def figure(record: dict) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="cost (epochs of gradient evaluations)")
     for axes, method in zip(panels, METHODS, strict=True):  # now that the limits are known
         mark_stages(axes, curves[method])
+        mark_zero(axes, curves[method])
         for axis in (axes.xaxis, axes.yaxis):
             style.label_ticks(axis)
     panels[0].set_ylabel("cross-entropy loss (nats)")
@@ -56,7 +57,7 @@ def figure(record: dict) -> Figure:
 def draw_method(axes: Axes, curves: dict, method: str) -> None:
     for column, (label, line) in LOSSES.items():
         axes.plot(*columns(points(curves[method], column)), label=label, **line)
-    joint = points(curves[method], "full_loss")[-1:]
+    joint = [] if zero_at(curves[method]) else points(curves[method], "full_loss")[-1:]
     tuned = joint + points(curves[f"{method}_finetune"], "full_loss")
     axes.plot(*columns(tuned), **FINE_TUNING)
 
@@ -73,6 +74,22 @@ def draw_adam(axes: Axes, curves: dict, method: str) -> None:
     axes.plot(*found, "D", color=style.VERMILION, markersize=5, zorder=5)
     place = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
     axes.annotate(f"{short(found[0])} epochs", found, color=style.VERMILION, **place)
+
+
+def zero_at(curve: dict) -> float | None:
+    """The cost at which every example's loss is zero first, in the floating-point numbers of the fit."""
+    return next((cost for cost, loss in zip(curve["epochs"], curve["full_loss"], strict=True) if loss == 0), None)
+
+
+def mark_zero(axes: Axes, curve: dict) -> None:
+    """A loss of zero has no place on a logarithmic axis: an arrow down, below which it lies."""
+    cost = zero_at(curve)
+    if cost is None:
+        return
+    axes.plot(cost, 0.03, "v", color=style.BLUE, markersize=5, transform=axes.get_xaxis_transform(), zorder=5)
+    place = {"xytext": (5, -1), "textcoords": "offset points", "ha": "left", "va": "center"}
+    text = f"0 from {short(cost)} epochs on"
+    axes.annotate(text, (cost, 0.03), xycoords=axes.get_xaxis_transform(), color=style.BLUE, **place)
 
 
 def mark_stages(axes: Axes, curve: dict) -> None:

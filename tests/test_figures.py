@@ -131,6 +131,17 @@ def test_nothing_stands_outside_the_figure(drawn: Figure):
     assert box.x1 <= drawn.get_figwidth()
 
 
+def test_arrow_tells_where_the_loss_is_zero_which_has_no_place_on_the_axis(record: dict):
+    curve = record["curves"]["gauss_newton"]
+    curve["full_loss"][-3:] = [0.0, None, 0.0]
+    figure = demo.figure(record)
+    texts = [[text.get_text() for text in axes.texts] for axes in labelled(figure)]
+    assert "0 from 9.0 epochs on" in texts[0]
+    assert not any("0 from" in text for text in texts[1])
+    (tuned,) = [line for line in labelled(figure)[0].lines if line.get_label() == demo.FINE_TUNING["label"]]
+    assert tuned.get_xdata()[0] > 10  # it does not begin at the last loss above zero
+
+
 def test_title_tells_who_reaches_adams_loss_and_at_what_cost(record: dict):
     told = "Gauss-Newton reaches Adam's 100-epoch loss (0.015) in 12 epochs; L-BFGS stays above"
     assert demo.message(record["curves"]) == told
