@@ -27,7 +27,7 @@ from subsetopt.drivers import Sample
 from subsetopt.linalg import Factor, add_gram, cholesky, cholesky_solve, norm, symmetric_product
 from subsetopt.problem import PRODUCT, Problem, gradient_flops
 
-PRECISIONS = ("highest", "float32", "tensorfloat32", "bfloat16_3x", "bfloat16", "default")
+PRECISIONS = ("highest", "float32", "tensorfloat32", "high", "bfloat16", "default")
 MATRIX_LIMIT = 20_000  # rows and columns up to which a square matrix is kept: 1.6 GB in float32
 _WINDOW = 4  # row samples that SampleSpace averages over: with averaging 0.5, 94 % of all weight
 _PRECONDITIONER_ROWS = 256

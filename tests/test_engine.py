@@ -12,6 +12,7 @@ import pytest
 from problems import problems
 
 from subsetopt import LBFGS, GaussNewton, Growth, fit_subset
+from subsetopt.curvature import PRECISIONS
 from subsetopt.devices import Devices, cost_analysis
 from subsetopt.problem import Problem, make_problem, placed
 from subsetopt.timing import compiled_programs
@@ -195,6 +196,13 @@ def test_blocks_change_float32_losses_by_rounding_only(linear_solve: str, roundi
     solver = GaussNewton(linear_solve=linear_solve, tolerance=0)
     losses = [fit(solver, max_steps=20, block_size=size).loss for size in (7, 16, 64)]
     np.testing.assert_allclose(losses, losses[0], rtol=rounding)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_of_the_curvature_serves(precision: str):
+    result = fit(GaussNewton(curvature_precision=precision), driver="host", max_steps=3)
+    assert result.precision["curvature"] == precision
+    assert result.history["loss"][-1] < result.history["loss"][0]
 
 
 @pytest.mark.parametrize("linear_solve", ["dense", "sample", "cg"])
