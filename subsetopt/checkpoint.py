@@ -1,19 +1,22 @@
-"""Save and resume: a tree of arrays and a JSON record, written by orbax so that a crash leaves the last good one."""
+"""Save and resume: what a run of steps keeps, and the folder it is kept in, written by orbax.
+
+A crash leaves the last good checkpoint.
+"""
 
 import contextlib
-import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from subsetopt import checks
+from subsetopt.timing import Stopwatch
 
 _SAVING = 20  # a save for so many times its duration
 _WAY_OUT = "pass an empty folder, or the arguments of the first call"
@@ -52,20 +55,23 @@ class Checkpoint:
         saved = self._manager.restore(step, args=args)
         self._check_same_run(saved["record"]["run"])
         leaves, structure = jax.tree.flatten(like)
-        _check_same_arrays(saved["tree"], _named(leaves))
-        found = [_unpacked(saved["tree"].get(name, leaf), leaf) for name, leaf in zip(_names(), leaves, strict=False)]
+        checks.same_shapes("checkpoint", "hold the arrays of this run", saved["tree"], _arrays(leaves), _WAY_OUT)
+        found = [_unpacked(saved["tree"].get(name, leaf), leaf) for name, leaf in _numbered(leaves).items()]
         return jax.tree.unflatten(structure, found), saved["record"]["content"]
 
-    def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> None:
+    def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> bool:
         """Keep this state, if `now` or if the last save is so long ago that all take a twentieth of the time."""
         due = now or time.perf_counter() - self._saved > _SAVING * self._took
-        if self._manager is not None and self._process == 0 and due:
-            with _ctrl_c_later():
-                self._save(tree, content)
+        if self._manager is None or self._process > 0 or not due:
+            return False
+        with _ctrl_c_later():
+            self._save(tree, content)
+        return True
 
     def _save(self, tree: Any, content: dict[str, Any]) -> None:
         begin = time.perf_counter()
-        arrays, args = _named(jax.tree.leaves(tree)), self._ocp.args
+        arrays = {name: np.asarray(a) for name, a in _arrays(jax.tree.leaves(tree)).items()}
+        args = self._ocp.args
         record = {"run": self.run, "content": content}
         step = (self._manager.latest_step() or 0) + 1
         self._manager.save(step, args=args.Composite(tree=args.StandardSave(arrays), record=args.JsonSave(record)))
@@ -77,6 +83,73 @@ class Checkpoint:
             before, now = saved.get(key), self.run.get(key)
             must = f"hold a run with {key} = {now!r}"
             checks.require(_agree(before, now), "checkpoint", must, repr(before), _WAY_OUT)
+
+
+class Resumable:
+    """A run of steps that is interrupted between two of them only, and resumed from there.
+
+    numbers, arrays: names of what a step changes beside `history`, whose lists get an entry a step: what JSON holds,
+    and the rest. Values are replaced, never changed, for the last complete step keeps the old ones.
+    """
+
+    numbers: ClassVar[tuple[str, ...]]
+    arrays: ClassVar[tuple[str, ...]]
+
+    def __init__(self, columns: Iterable[str]):
+        self.history: dict[str, list] = {column: [] for column in columns}
+        self.watch = Stopwatch()
+        self.point: dict[str, Any] = {}  # the last complete step
+        self._saved: dict[str, Any] = self.point
+
+    def resume(self, saver: Checkpoint) -> bool:
+        """Whether there is something to go on from; then it stands there."""
+        self._saver, saved = saver, saver.load(self.tree(vars(self)))
+        if saved is None:
+            return False
+        tree, content = saved
+        self.watch = Stopwatch(content.pop("seconds"), content.pop("compile"))
+        vars(self).update(content)
+        self.restore(tree)
+        self.point = self._saved = self._stands()
+        return True
+
+    def tree(self, values: dict[str, Any]) -> Any:
+        """What is saved of the values of `arrays`."""
+        return tuple(values[name] for name in self.arrays)
+
+    def restore(self, tree: Any) -> None:
+        """The other way round, once the numbers are there."""
+        vars(self).update(zip(self.arrays, tree, strict=True))
+
+    def complete(self) -> None:
+        """A step is: an interrupt goes back to here."""
+        self.point = self._stands()
+        self._save()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """For the loop over steps: however it ends, the run stands at its last complete step, which is saved."""
+        try:
+            yield
+        except BaseException:  # of the keyboard, of a callback, of a device
+            vars(self).update(self.point)
+            with contextlib.suppress(Exception, KeyboardInterrupt):
+                self._save(now=True)
+            raise
+        with contextlib.suppress(KeyboardInterrupt):
+            self._save(now=True)
+
+    def _stands(self) -> dict[str, Any]:
+        history = {name: column.copy() for name, column in self.history.items()}
+        return {name: getattr(self, name) for name in (*self.numbers, *self.arrays)} | {"history": history}
+
+    def _save(self, now: bool = False) -> None:
+        if self.point is self._saved:  # or there is none: a start that was interrupted begins again
+            return
+        content = {name: self.point[name] for name in (*self.numbers, "history")}
+        content |= {"seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
+        if self._saver.save(self.tree(self.point), content, now):
+            self._saved = self.point
 
 
 @contextlib.contextmanager
@@ -97,39 +170,32 @@ def _ctrl_c_later() -> Iterator[None]:
 
 def _agree(before: Any, now: Any) -> bool:
     """Equal, or equal but for the rounding of another device: lists of floats were computed."""
-    lists = [value for value in (before, now) if isinstance(value, list)]
-    floats = all(isinstance(number, float) for values in lists for number in values)
-    if len(lists) == 2 and floats and len(before) == len(now):
+    if _computed(before) and _computed(now) and len(before) == len(now):
         return np.allclose(before, now, rtol=1e-3, equal_nan=True)
     return before == now
 
 
-def _check_same_arrays(saved: dict[str, Any], own: dict[str, np.ndarray]) -> None:
-    """What no description tells: the state of another optimizer."""
-    before, now = ({name: np.shape(a) for name, a in arrays.items()} for arrays in (saved, own))
-    different = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    for name in different[:1]:
-        must = f"hold {len(now)} arrays like those of this run, number {int(name)} of shape {now.get(name)}"
-        checks.require(False, "checkpoint", must, f"{len(before)}, shape {before.get(name)}", _WAY_OUT)
+def _computed(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, float) for number in value)
 
 
-def _names() -> Iterator[str]:
-    return (f"{i:04}" for i in itertools.count())
+def _numbered(leaves: list[Any]) -> dict[str, Any]:
+    return {f"{i:04}": leaf for i, leaf in enumerate(leaves)}
 
 
-def _named(leaves: list[Any]) -> dict[str, np.ndarray]:
-    """As arrays, by number; orbax keeps no empty ones."""
-    return {name: a for name, a in zip(_names(), map(_packed, leaves), strict=False) if a.size}
+def _arrays(leaves: list[Any]) -> dict[str, Any]:
+    """What of them is saved, where it is: orbax keeps no keys of random numbers as such, and no empty arrays."""
+    arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _numbered(leaves).items()}
+    return {name: a for name, a in arrays.items() if np.size(a)}
 
 
-def _packed(leaf: Any) -> np.ndarray:
-    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _unpacked(found: Any, like: Any) -> Any:
     if isinstance(like, bool | int | float):
         return type(like)(np.asarray(found).item())  # enums of Python 3.12 take no arrays
-    if isinstance(like, jax.Array) and jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+    if _is_key(like):
         return jax.random.wrap_key_data(found)
     return jnp.asarray(found) if isinstance(like, jax.Array) else np.asarray(found)

@@ -4,17 +4,13 @@ import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from subsetopt.pages import Pages
-
-_PIECE = 4096  # examples that are looked at together
+from subsetopt.pages import pieces
 
 
 def require(condition: Any, name: str, must: str, found: Any, way_out: str) -> None:
@@ -153,9 +149,8 @@ def until_ends(value: Any, probe: int) -> None:
     require(ends, "until", must, f"{value!r}, which is never met there", way_out)
 
 
-def optimizer(value: Any, params: Any) -> Any:
-    """An optax gradient transformation that is content with gradients; None: Adam."""
-    value = optax.adam(1e-3) if value is None else value
+def optimizer(value: Any, params: Any) -> None:
+    """An optax gradient transformation that is content with gradients and params."""
     fits = hasattr(value, "init") and hasattr(value, "update")
     way_out = "pass for example optax.adam(1e-3)"
     require(fits, "optimizer", "be an optax.GradientTransformation", _describe(value), way_out)
@@ -166,7 +161,6 @@ def optimizer(value: Any, params: Any) -> Any:
     except TypeError as error:  # line searches and plateaus want the loss as well
         must = "update by gradients and parameters alone"
         raise ValueError(f"optimizer must {must}, found one with {str(error)!r}; {way_out}.") from error
-    return value
 
 
 def devices(values: Any, known: type) -> None:
@@ -219,28 +213,17 @@ def _by_numpy(name: str, must: str, value: Any) -> np.ndarray:
         raise
 
 
-def _fits_32_bits(name: str, values: Any) -> None:
+def _fits_jax(name: str, values: Any) -> None:
     """Integers that JAX would otherwise cut to 32 bits in silence."""
-    if not (np.issubdtype(values.dtype, np.integer) and values.dtype.itemsize == 8) or jax.config.read(
-        "jax_enable_x64"
-    ):
+    kept = jax.dtypes.canonicalize_dtype(values.dtype)
+    if not np.issubdtype(values.dtype, np.integer) or kept == values.dtype or values.size == 0:
         return
-    kept = np.iinfo(np.uint32 if np.issubdtype(values.dtype, np.unsignedinteger) else np.int32)
-    must = f"hold integers from {kept.min} to {kept.max} unless x64 is on"
+    bounds = np.iinfo(kept)
+    must = f"hold integers from {bounds.min} to {bounds.max} unless x64 is on"
     way_out = "rescale or cast it, or call jax.config.update('jax_enable_x64', True) first"
-    for piece in _pieces(values):
+    for _, piece in pieces(values):
         low, high = int(piece.min()), int(piece.max())
-        require(kept.min <= low and high <= kept.max, name, must, f"{low} to {high}", way_out)
-
-
-def _pieces(values: Any) -> Iterator[np.ndarray]:
-    """Rows of an array, so few that a memory-mapped file stays on disk."""
-    pages = Pages(values)
-    for start in range(0, len(values), _PIECE):
-        piece = np.asarray(values[start : start + _PIECE])
-        pages.read(piece)
-        if piece.size:
-            yield piece
+        require(bounds.min <= low and high <= bounds.max, name, must, f"{low} to {high}", way_out)
 
 
 def examples(x: Any, y: Any, where: str = "") -> None:
@@ -256,7 +239,7 @@ def examples(x: Any, y: Any, where: str = "") -> None:
     )
     for name, values in (("x", x), ("y", y)):
         finite(where + name, values)
-        _fits_32_bits(where + name, values)
+        _fits_jax(where + name, values)
 
 
 def like_training_data(x: Any, y: Any, x_held_out: Any, y_held_out: Any) -> None:
@@ -280,10 +263,10 @@ def finite(name: str, values: Any) -> None:
     """No NaN and no infinity; looked at in pieces, so that a memory-mapped file stays on disk."""
     if not jnp.issubdtype(values.dtype, np.inexact):
         return
-    for number, piece in enumerate(_pieces(values)):
+    for start, piece in pieces(values):
         good = np.isfinite(piece.reshape(len(piece), -1)).all(axis=1)
         if not good.all():
-            row = number * _PIECE + int(np.flatnonzero(~good)[0])
+            row = start + int(np.flatnonzero(~good)[0])
             require(False, name, "be finite", f"NaN or infinity in row {row}", "remove or impute such examples")
 
 
@@ -385,12 +368,17 @@ def only_params(variables: Any) -> None:
 
 def same_tree(params: Any, expected: Any, where: str) -> None:
     """The tree of arrays that the module itself would make."""
-    want, have = _shapes(expected), _shapes(params)
+    same_shapes("params", "have the module's own structure", params, expected, f"pass {where}")
+
+
+def same_shapes(name: str, must: str, tree: Any, expected: Any, way_out: str) -> None:
+    """Arrays of the expected tree's names and shapes."""
+    want, have = _shapes(expected), _shapes(tree)
     different = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
     if different:
         key = different[0]
-        must = f"have the module's own structure, {key}: {want.get(key, 'nothing')}"
-        require(False, "params", must, f"{key}: {have.get(key, 'nothing')}", f"pass {where}")
+        must = f"{must}, {key}: {want.get(key, 'nothing')}"
+        require(False, name, must, f"{key}: {have.get(key, 'nothing')}", way_out)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,5 @@
 """finetune: optax on mini-batches of the full set. Also every Adam and SGD baseline, and the warm-up of fit_subset."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -15,13 +14,12 @@ import optax
 from jax import Array, lax
 
 from subsetopt import checks
-from subsetopt.checkpoint import Checkpoint
+from subsetopt.checkpoint import Checkpoint, Resumable
 from subsetopt.drivers import Compiled
 from subsetopt.model import Params, mask_tree
 from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, checksum, held_out, identity, make_problem, placed
 from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Status
-from subsetopt.timing import Stopwatch
 
 WARM_UP_BATCH = 32  # measured, at fixed rates: twice as far in an epoch as batches of 128
 _TELLING_STEPS = 20  # of fewer a tenth is one batch
@@ -119,90 +117,97 @@ def finetune(
     problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
     checks.patience(patience, validation)
     watched = None if validation is None else held_out(problem, validation, loss, w)
-    optimizer = checks.optimizer(optimizer, problem.objective.model.unflatten(w, problem.constants))
+    optimizer = optax.adam(1e-3) if optimizer is None else optimizer
     batch_size = min(batch_size, problem.examples)
     run = _Run(problem, placed(problem, driver), w, optimizer, trainable, batch_size, seed, watched)
     plan = {"call": "finetune", "batch_size": batch_size, "seed": seed}
     saver = Checkpoint(checkpoint, {} if checkpoint is None else plan | run.description(w))
-    run.resume(saver)
     with Bar("finetune", epochs, progress) as bar:
         run.loop(epochs, patience, callback, bar, saver)
     return run.result()
 
 
-class _Run:
+class _Run(Resumable):
     """One fine-tuning run: what changes from epoch to epoch, and the loop over epochs."""
 
+    numbers = ("nonfinite", "epoch", "steps", "cost", "best_loss", "best_epoch")
+    arrays = ("params", "opt_state", "best")
+
     def __init__(self, host, problem, w, optimizer, trainable, batch_size, seed, held_out):
+        super().__init__(("epoch", "step", "loss", "validation_loss", "sample_grads", "seconds"))
         # The same problem twice: for losses, and for the steps, which the first device takes.
         self.problem, self.stepped = host, problem.driver.devices.here(problem)
         self.optimizer, self.batch_size, self.seed = (optimizer, batch_size, seed)
         self.held_out, self.status, self.epoch, self.steps, self.cost = (held_out, Status.RUNNING, 0, 0, 0.0)
         params = host.objective.model.unflatten(w, host.constants)
         self.mask = None if trainable is None else mask_tree(params, trainable)
+        checks.optimizer(optimizer, params)
         self.params, self.opt_state = params, optimizer.init(params)
         self.best, self.best_loss, self.best_epoch = params, math.inf, 0
-        self.nonfinite = False
-        self.history: dict[str, list] = {
-            k: [] for k in ("epoch", "step", "loss", "validation_loss", "sample_grads", "seconds")
-        }
-        self.watch = Stopwatch()
+        self.nonfinite = False  # the last epoch's result, which was dropped
 
     # --- one epoch -------------------------------------------------------------------------------------------------
 
     def loop(self, epochs: int, patience: int | None, callback: Any, bar: Bar, saver: Checkpoint) -> None:
         try:
-            while self._goes_on(epochs, patience):
-                progress = self.one_epoch()
-                bar.update(self.epoch, f"loss {progress.loss:.4g}")
-                saver.save(self.tree(), self.content())
-                if callback is not None and callback(progress):
-                    self.status = Status.STOPPED
+            with self.kept():
+                if not self.resume(saver):
+                    self.complete()
+                while self._goes_on(epochs, patience):
+                    progress = self.one_epoch()
+                    self.complete()
+                    bar.update(self.epoch, f"loss {progress.loss:.4g}")
+                    if callback is not None and callback(progress):
+                        self.status = Status.STOPPED
         except KeyboardInterrupt:
             self.status = Status.STOPPED
-        except Exception:  # of the callback, or of a device
-            with contextlib.suppress(Exception):
-                saver.save(self.tree(), self.content(), now=True)
-            raise
-        with contextlib.suppress(KeyboardInterrupt):
-            saver.save(self.tree(), self.content(), now=True)
 
     def _goes_on(self, epochs: int, patience: int | None) -> bool:
         """Whether there is another epoch to train; asked first of all, for a run read back may have ended."""
-        if self.status == Status.RUNNING and self.nonfinite:
-            self.status = Status.NONFINITE
-        elif self.status == Status.RUNNING and patience is not None and self.epoch - self.best_epoch >= patience:
-            self.status = Status.CONVERGED
-        elif self.status == Status.RUNNING and self.epoch >= epochs:
-            self.status = Status.MAX_STEPS
+        if self.status == Status.RUNNING:
+            self.status = self._ended(epochs, patience)
         return self.status == Status.RUNNING
+
+    def _ended(self, epochs: int, patience: int | None) -> Status:
+        if self.nonfinite:
+            return Status.NONFINITE
+        if patience is not None and self.epoch - self.best_epoch >= patience:
+            return Status.CONVERGED
+        return Status.MAX_STEPS if self.epoch >= epochs else Status.RUNNING
 
     def one_epoch(self) -> Progress:
         batches = list(minibatches(self.problem.examples, self.batch_size, self.seed, self.epoch))
-        (params, opt_state), means, _ = descend(
+        at, means, _ = descend(
             self.stepped, self.optimizer, (self.params, self.opt_state), self.mask, batches, self.batch_size
         )
         loss = float(np.dot(means, [len(batch) for batch in batches])) / self.problem.examples
-        nonfinite = not (math.isfinite(loss) and bool(jnp.all(jnp.isfinite(_flatten(self.problem, params)))))
-        if nonfinite:
-            params, opt_state = self.params, self.opt_state  # those before this epoch stay
-        after = {"params": params, "opt_state": opt_state, "nonfinite": nonfinite, "epoch": self.epoch + 1}
-        after |= {"steps": self.steps + len(batches), "cost": self.cost + GRADIENT * self.problem.examples}
-        after |= {"best": params} if self.held_out is None else self._judged(self.held_out, params, after)
-        p, validation_loss = self.problem, after.pop("validation_loss", None)
-        row = (after["epoch"], after["steps"], loss, validation_loss, after["cost"], self.watch.seconds)
-        columns = zip(self.history.items(), row, strict=True)
-        # All at once, so that an interrupted epoch leaves nothing behind.
-        vars(self).update(after | {"history": {name: [*column, value] for (name, column), value in columns}})
-        return Progress(-1, p.examples, p.ratio, *row[1:4], math.nan, *row[4:], params)
+        finite = math.isfinite(loss) and bool(jnp.all(jnp.isfinite(_flatten(self.problem, at[0]))))
+        self.nonfinite = not finite
+        if finite:  # else the parameters before this epoch stay
+            self.params, self.opt_state = at
+        self.epoch, self.steps = self.epoch + 1, self.steps + len(batches)
+        self.cost += GRADIENT * self.problem.examples
+        return self._record(loss, self._keep_best())
 
-    def _judged(self, held_out: Problem, params: Params, after: dict[str, Any]) -> dict[str, Any]:
-        """What the validation data say of the parameters after an epoch, and what that costs."""
-        loss = _mean_loss(held_out, _flatten(self.problem, params))
-        judged = {"validation_loss": loss, "cost": after["cost"] + LOSS * held_out.examples}
+    def _keep_best(self) -> float | None:
+        """By the validation loss, which it gives."""
+        if self.held_out is None:
+            self.best = self.params
+            return None
+        loss = _mean_loss(self.held_out, _flatten(self.problem, self.params))
+        self.cost += LOSS * self.held_out.examples
         if loss < self.best_loss:
-            judged |= {"best": params, "best_loss": loss, "best_epoch": after["epoch"]}
-        return judged
+            self.best, self.best_loss, self.best_epoch = self.params, loss, self.epoch
+        return loss
+
+    def _record(self, loss: float, validation_loss: float | None) -> Progress:
+        row = (self.epoch, self.steps, loss, validation_loss, self.cost, self.watch.seconds)
+        for column, value in zip(self.history.values(), row, strict=True):
+            column.append(value)
+        p = self.problem
+        return Progress(
+            -1, p.examples, p.ratio, self.steps, loss, validation_loss, math.nan, self.cost, row[-1], self.params
+        )
 
     # --- begin and end ---------------------------------------------------------------------------------------------
 
@@ -211,23 +216,6 @@ class _Run:
         validation = None if self.held_out is None else [checksum(self.held_out.x), checksum(self.held_out.y)]
         optimizer = _first_lengths(self.optimizer, self.params, self.opt_state).tolist()
         return {"validation": validation, "lengths of the first updates": optimizer} | identity(self.problem, w)
-
-    def tree(self) -> Any:
-        return self.params, self.opt_state, self.best
-
-    _KEPT = ("nonfinite", "epoch", "steps", "cost", "best_loss", "best_epoch", "history")
-
-    def content(self) -> dict[str, Any]:
-        content = {name: getattr(self, name) for name in self._KEPT}
-        return content | {"seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
-
-    def resume(self, saver: Checkpoint) -> None:
-        saved = saver.load(self.tree())
-        if saved is None:
-            return
-        (self.params, self.opt_state, self.best), content = saved
-        self.watch = Stopwatch(content.pop("seconds"), content.pop("compile"))
-        vars(self).update(content)
 
     def result(self) -> FinetuneResult:
         seconds, compile_seconds = self.watch.seconds, self.watch.compile_seconds
@@ -323,7 +311,7 @@ def _flatten(problem: Problem, params: Params) -> Array:
 
 
 def _mean_loss(problem: Problem, w: Array) -> float:
-    return float(np.mean(problem.losses(w, problem.whole()), dtype=np.float64))
+    return problem.mean_loss(w, problem.whole())
 
 
 def warm_up(
@@ -353,8 +341,9 @@ def warm_up(
         for batch, slope in zip(batches, met, strict=True):
             slopes[batch] = slope[: len(batch)]
             cost += GRADIENT * len(batch)
-    tenth = slice(None, max(1, steps // 10))
-    first, last = (np.average(losses[::way][tenth], weights=sizes[::way][tenth]) for way in (1, -1))
+    tenth = max(1, steps // 10)
+    first = np.average(losses[:tenth], weights=sizes[:tenth])
+    last = np.average(losses[-tenth:], weights=sizes[-tenth:])
     return _flatten(problem, at[0]), cost, slopes, steps < _TELLING_STEPS or not last < first
 
 
@@ -378,7 +367,7 @@ def _by_first_gradient() -> optax.GradientTransformation:
         return jnp.zeros((), jax.tree.leaves(params)[0].dtype)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(updates)))
+        largest = optax.tree.norm(updates, ord="inf")
         scale = jnp.where(state > 0, state, largest)
         return jax.tree.map(lambda g: g / jnp.where(scale > 0, scale, 1), updates), scale
 

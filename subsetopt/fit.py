@@ -1,6 +1,5 @@
 """fit_subset: the stage loop. A subset is solved, it grows, its solution starts the next; the last is the whole set."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from subsetopt import checks
-from subsetopt.checkpoint import Checkpoint
+from subsetopt.checkpoint import Checkpoint, Resumable
 from subsetopt.drivers import Sample
 from subsetopt.finetune import warm_up
 from subsetopt.gauss_newton import GaussNewton
@@ -20,7 +19,6 @@ from subsetopt.model import Model, Params, mask_tree
 from subsetopt.problem import LOSS, Problem, identity, make_problem, placed, subset_of
 from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Solver, State, Status, Step, advance, evaluated
-from subsetopt.timing import Stopwatch
 
 PROBE_EXAMPLES, PROBE_SHARE = (1000, 0.1)  # the probe: 1,000 examples, but at most a tenth of the training set
 WARM_UP_EXAMPLES = 320  # tell whether the loss has fallen in the warm-up, where its mini-batches leave doubts
@@ -28,9 +26,6 @@ REPRESENTATIVE = 0.005  # a stage goes on while the probe's loss falls by 0.5 % 
 
 _STAGE = ("examples", "ratio", "status", "steps", "evals", "sample_grads", "loss", "probe_loss", "seconds")
 _HISTORY = ("stage", "examples", "ratio", "step", "loss", "probe_loss", "grad_norm", "sample_grads", "seconds")
-# Where a fit stands between two steps, beside its arrays and its history.
-_KEPT = ("diverged", "stage", "n_steps", "stage_steps", "stage_begin", "ended", "stages")
-_KEPT += ("probe_cost", "best_probe", "last_check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,10 +190,15 @@ def fit_subset(
 _unflatten = jax.jit(Model.unflatten, static_argnums=0)
 
 
-class _Fit:
+class _Fit(Resumable):
     """One fit: the stages, where it stands, and what it has cost."""
 
+    numbers = ("diverged", "stage", "n_steps", "stage_steps", "stage_begin", "ended", "stages")
+    numbers += ("probe_cost", "best_probe", "last_check")
+    arrays = ("state", "best_w", "slopes", "problem")
+
     def __init__(self, host, problem, solver, growth, until, max_steps, target_loss, seed):
+        super().__init__(_HISTORY)
         # The same problem twice: for what is done from Python (probe, result), and for the driver.
         self.host, self.problem = host, problem
         self.solver, self.growth, self.until = solver, growth, until
@@ -207,8 +207,6 @@ class _Fit:
         # A fresh subset's loss is an unbiased look by itself; only the rule that needs a probe pays for one.
         probe = min(PROBE_EXAMPLES, int(PROBE_SHARE * n)) if growth.nested or until == "representative" else 0
         self.sizes = growth.sizes(n, problem.parameters, problem.outputs, probe)
-        if not growth.nested and self.sizes[0] < n:
-            checks.until_ends(until, probe)
         self.order = draw_order(host.y, seed).astype(np.int32)
         watched = probe > 0 and self.sizes[0] < n
         self.probe: Sample | None = subset_of(self.order[n - probe :], problem.dtype) if watched else None
@@ -218,11 +216,11 @@ class _Fit:
         self.stage, self.n_steps, self.stage_steps, self.probe_cost = 0, 0, 0, 0.0
         self.status, self.ended = Status.RUNNING, Status.RUNNING  # of the fit; whether its stage is over, and why
         self.diverged = False  # the warm-up
-        self.history: dict[str, list] = {key: [] for key in _HISTORY}
         self.stages: list[dict[str, Any]] = []
         self.best_probe, self.last_check = math.inf, math.inf
         self.stage_begin = (0.0, 0, 0.0)  # sample_grads, evals, seconds at the stage's start
-        self.watch = Stopwatch()
+        if self.fresh:
+            checks.until_ends(until, probe)
 
     def description(self, w: Array, warmup_epochs: float) -> dict[str, Any]:
         """What a resumed run must share with the first one."""
@@ -235,28 +233,21 @@ class _Fit:
     def run(self, w: Array, mask: Any, warmup_epochs: float, callback: Any, bar: Bar, saver: Checkpoint) -> None:
         """All stages, from w or from where the checkpoint left them."""
         self.state, self.best_w = self.solver.init(self.problem, w), w
-        self.point: dict[str, Any] = {}
         try:
-            if not self._resume(saver):
-                if warmup_epochs:
-                    self._warm_up(w, mask, warmup_epochs)
-                self._enter_stage()
-                self._complete(saver)
-            while self._goes_on():
-                progress = self._step()
-                self._complete(saver)
-                bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
-                if callback is not None and callback(progress):
-                    self.status = Status.STOPPED
+            with self.kept():
+                if not self.resume(saver):
+                    if warmup_epochs:
+                        self._warm_up(w, mask, warmup_epochs)
+                    self._enter_stage()
+                    self.complete()
+                while self._goes_on():
+                    progress = self._step()
+                    self.complete()
+                    bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
+                    if callback is not None and callback(progress):
+                        self.status = Status.STOPPED
         except KeyboardInterrupt:
-            vars(self).update(self.point)  # what came after is dropped as a whole
             self.status = Status.STOPPED
-        except Exception:  # of the callback, or of a device
-            with contextlib.suppress(Exception):
-                self._save(saver, now=True)
-            raise
-        with contextlib.suppress(KeyboardInterrupt):
-            self._save(saver, now=True)
         if self.status == Status.STOPPED:
             self._close_stage(self.ended or Status.STOPPED)
 
@@ -265,33 +256,26 @@ class _Fit:
         after, cost, self.slopes, doubtful = warm_up(self._here(self.problem.on(pool)), w, mask, epochs, self.seed)
         if doubtful:
             shown = subset_of(pool[:WARM_UP_EXAMPLES], self.problem.dtype)
-            new, old = (np.mean(self.host.losses(self._here(at), shown), dtype=np.float64) for at in (after, w))
             cost += 2 * LOSS * len(shown.indices)
-            self.diverged = not new <= old
+            self.diverged = not self._mean_loss(after, shown) <= self._mean_loss(w, shown)
         self.state = self.state.replace(w=w if self.diverged else after, cost=cost)
-
-    def _complete(self, saver: Checkpoint) -> None:
-        """Here an interrupted fit goes back to, and a resumed one goes on from: all a step changes, or nothing."""
-        point = {name: getattr(self, name) for name in (*_KEPT, "state", "best_w", "slopes", "problem")}
-        history = {name: column.copy() for name, column in self.history.items()}
-        self.point = point | {"history": history}
-        self._save(saver)
 
     def _goes_on(self) -> bool:
         """Whether there is another step to take; a stage that has ended is left for the next one."""
-        out_of_steps = self.n_steps >= self.max_steps
-        ended = self.ended or (Status.MAX_STEPS if out_of_steps else Status.RUNNING)
-        if self.status != Status.RUNNING or ended == Status.RUNNING:
-            return self.status == Status.RUNNING
+        out_of_steps = Status.MAX_STEPS if self.n_steps >= self.max_steps else Status.RUNNING
+        if self.status == Status.RUNNING and (ended := self.ended or out_of_steps):
+            self._leave_stage(ended)
+        return self.status == Status.RUNNING
+
+    def _leave_stage(self, ended: Status) -> None:
         self._close_stage(ended)
         if self._is_last_stage() or ended == Status.NONFINITE:
             self.status = ended
-        elif out_of_steps:
+        elif self.n_steps >= self.max_steps:
             self.status = Status.MAX_STEPS
         else:
             self.stage += 1
             self._enter_stage()
-        return self.status == Status.RUNNING
 
     def _enter_stage(self) -> None:
         """The problem of this stage, with the warm start in the state."""
@@ -336,7 +320,7 @@ class _Fit:
     def _remember_slopes(self) -> None:
         """What this subset has shown of its examples."""
         seen = np.asarray(self.problem.subset)[: int(self.problem.count)]
-        self.slopes = self.slopes.copy()
+        self.slopes = self.slopes.copy()  # the last complete step keeps the old ones
         self.slopes[seen] = np.asarray(self.state.evaluation.slope)[: len(seen)]
 
     def _steps_at_once(self) -> int:
@@ -409,7 +393,7 @@ class _Fit:
         if self.probe is None or not self._probe_is_outside():
             return None
         self.probe_cost += LOSS * len(self.probe.indices)
-        return float(np.mean(self.host.losses(self._here(self.state.w), self.probe), dtype=np.float64))
+        return self._mean_loss(self.state.w, self.probe)
 
     def _close_stage(self, status: Status) -> None:
         if self.stage_steps == 0:  # interrupted before its first step: nothing is known of it
@@ -426,6 +410,9 @@ class _Fit:
             *(self._cost() - cost, self._loss(), probe, self.watch.seconds - seconds),
         )
         self.stages = [*self.stages, dict(zip(_STAGE, row, strict=True))]
+
+    def _mean_loss(self, w: Array, sample: Sample) -> float:
+        return self.host.mean_loss(self._here(w), sample)
 
     def _loss(self) -> float:
         return float(self.state.evaluation.value)
@@ -463,26 +450,14 @@ class _Fit:
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _save(self, saver: Checkpoint, now: bool = False) -> None:
-        """The last complete step, if there is one: a warm-up that was interrupted begins again."""
-        if self.point:
-            content = {name: self.point[name] for name in (*_KEPT, "history")}
-            seconds = {"seconds": self.watch.seconds, "compile": self.watch.compile_seconds}
-            saver.save(self._tree(self.point), content | seconds, now)
+    def tree(self, values: dict[str, Any]) -> Any:
+        """Of the problem its subset, which on fresh ones depends on what was known when it was drawn."""
+        return super().tree(values | {"problem": values["problem"].whole()})
 
-    def _tree(self, point: dict[str, Any]) -> Any:
-        # The subset as well: on fresh ones it depends on what was known when it was drawn.
-        return point["state"], point["best_w"], point["slopes"], point["problem"].whole()
-
-    def _resume(self, saver: Checkpoint) -> bool:
-        saved = saver.load(self._tree(vars(self)))
-        if saved is None:
-            return False
-        (self.state, self.best_w, self.slopes, subset), content = saved
-        self.watch = Stopwatch(content.pop("seconds"), content.pop("compile"))
-        vars(self).update(content)
-        self.problem, self.ended = self.problem.using(subset, self.fresh), Status(self.ended)
+    def restore(self, tree: Any) -> None:
+        """The subset goes back into the problem."""
+        *others, subset = tree
+        super().restore((*others, self.problem.using(subset, self.fresh)))
+        self.ended = Status(self.ended)
         if self.ended == Status.TARGET_REACHED:  # which may be another one now
             self.ended = self._stage_status()
-        self._complete(saver)
-        return True

@@ -136,14 +136,15 @@ def _fair_sequence(counts: np.ndarray) -> Iterator[int]:
     share, slack = (counts / counts.sum()).tolist(), 1 - 1 / (2 * max(len(counts), 2) - 2)
 
     def next_window(label: int, taken: int) -> tuple[float, float, int, int]:
+        """From which place on a class may have its next one, by which it has to, and how many it then has."""
         return (taken + 1 - slack - 1e-12) / share[label], (taken + slack) / share[label], label, taken + 1
 
-    early, open_ones = [next_window(label, 0) for label in range(len(counts))], []
+    early, eligible = [next_window(label, 0) for label in range(len(counts))], []
     heapq.heapify(early)
     for place in range(1, counts.sum() + 1):
         while early and early[0][0] <= place:
-            heapq.heappush(open_ones, heapq.heappop(early)[1:])
-        _, label, taken = heapq.heappop(open_ones)
+            heapq.heappush(eligible, heapq.heappop(early)[1:])
+        _, label, taken = heapq.heappop(eligible)
         if taken < counts[label]:
             heapq.heappush(early, next_window(label, taken))
         yield label

@@ -1,11 +1,13 @@
 """Memory-mapped data: what was read goes back to the file, so that it does not stay resident."""
 
 import mmap
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 _RELEASE = 64 << 20  # bytes read after which the pages are given back
+_PIECE = 4096  # rows that are looked at together
 
 
 class Pages:
@@ -27,3 +29,12 @@ class Pages:
         for file in self._maps:
             file.madvise(mmap.MADV_DONTNEED)
         self._bytes = 0
+
+
+def pieces(values: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Where each begins, and so many rows of an array that a memory-mapped file stays on disk."""
+    pages = Pages(values)
+    for start in range(0, len(values), _PIECE):
+        piece = np.asarray(values[start : start + _PIECE])
+        pages.read(piece)
+        yield start, piece

@@ -22,6 +22,7 @@ from subsetopt.drivers import Compiled, Host, Sample
 from subsetopt.linalg import add_gram, norm
 from subsetopt.losses import LOSSES, Loss, resolve
 from subsetopt.model import Constants, Model, Params, Shape, prepare
+from subsetopt.pages import pieces
 
 # Price of one example in sample_grads.
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
@@ -289,6 +290,10 @@ class Problem:
         """Per-example losses (n,) of a sample at w, without l2; costs LOSS * n."""
         return self._reduce(_loss_block, self.objective, (), (w, self.constants), sample)[1]
 
+    def mean_loss(self, w: Array, sample: Sample) -> float:
+        """Mean of `losses`, summed up in float64; from Python only."""
+        return float(np.mean(self.losses(w, sample), dtype=np.float64))
+
     def difference(self, w: Array, w0: Array, losses: Any, losses0: Any, weights: Any) -> Array:
         """L(w) - L(w0) from per-example losses: summing differences keeps what a difference of sums rounds away."""
         return _plus_penalty(self.driver.total(weights, losses, losses0), w, w0, self.real(self.l2))
@@ -420,7 +425,7 @@ def make_problem(
 
 def identity(problem: Problem, w: Array) -> dict[str, Any]:
     """What a checkpoint knows a problem by, beside its sizes: checksums, and some losses near the start w (P,)."""
-    some = np.unique(np.linspace(0, problem.examples - 1, _SHOWN[0]).astype(np.int32))[: problem.examples]
+    some = np.unique(np.linspace(0, problem.examples - 1, _SHOWN[0]).astype(np.int32))
     noise = np.random.default_rng(0).normal(size=problem.parameters).astype(problem.dtype)
     shown = subset_of(some[:: -(-len(some) // _SHOWN[1])], problem.dtype)
     losses = problem.losses(w + 0.1 * noise, shown)  # at the start itself all models of one loss may be alike: at zero
@@ -436,8 +441,10 @@ def identity(problem: Problem, w: Array) -> dict[str, Any]:
 
 def checksum(values: Any) -> str:
     """CRC-32 of an array's bytes, in the dtype that JAX computes with."""
-    dtype = jax.dtypes.canonicalize_dtype(values.dtype)
-    return f"{zlib.crc32(np.asarray(values).astype(dtype).tobytes()):08x}"
+    dtype, crc = jax.dtypes.canonicalize_dtype(values.dtype), 0
+    for _, piece in pieces(values):
+        crc = zlib.crc32(piece.astype(dtype).tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def _default_block(own: Devices, objective: Objective, w: Array, constants: Constants, x: Any, y: Any) -> int:
