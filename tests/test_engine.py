@@ -1,5 +1,6 @@
 """The engine room: drivers, programs, memory-mapped data, precision."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from subsetopt import LBFGS, GaussNewton, Growth, fit_subset
 from subsetopt.curvature import PRECISIONS
 from subsetopt.devices import Devices, cost_analysis
 from subsetopt.problem import Problem, make_problem, placed
+from subsetopt.solve import _steps as solver_steps
+from subsetopt.solve import _typed as typed
 from subsetopt.timing import compiled_programs
 
 EXAMPLES = {example.name: example for example in problems(np.float32)}
@@ -61,6 +64,34 @@ def test_one_all_reduce_an_evaluation_and_none_a_block(run_python: Any, request:
         assert (everywhere, outside_of_loops) == (1, 1)
         assert loops >= 1  # over blocks
     assert at_once == [1, 1, 0]  # where all examples are one block
+
+
+ACCELERATOR = """if True:
+    import json
+    from jax import lax
+    lax.platform_dependent = lambda *operands, default, **others: default(*operands)
+    from test_engine import FORMS, fit
+    print(json.dumps([fit(solver, driver="compiled", max_steps=6).history["loss"] for solver in FORMS]))
+"""
+FORMS = [GaussNewton(linear_solve=form, curvature_ratio=1, tolerance=0) for form in ("dense", "sample")]
+
+
+def test_what_accelerators_run_instead_gives_the_same(run_python: Any, request: pytest.FixtureRequest):
+    """Here on a CPU, for which XLA compiles it as well; to half of the digits, as _one_factor says."""
+    theirs = json.loads(run_python("-c", ACCELERATOR, cwd=request.path.parent))
+    ours = [fit(solver, driver="compiled", max_steps=6).history["loss"] for solver in FORMS]
+    assert theirs != ours
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3)
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), *FORMS, GaussNewton(curvature_precision="bfloat16")], ids=repr)
+def test_accelerators_have_every_operation_of_a_solve(solver: Any):
+    cnn = EXAMPLES["CNN"]
+    problem, w = make_problem(cnn.apply, (cnn.x, cnn.y), cnn.params, loss=cnn.loss)
+    problem = placed(problem, "compiled")
+    steps = jax.jit(functools.partial(solver_steps, solver))
+    traced = steps.trace(problem, typed(solver.init(problem, w)), np.int32(3), np.float32(0))
+    assert "while" in traced.lower(lowering_platforms=("cuda", "tpu")).as_text()
 
 
 class Accelerator:
