@@ -65,7 +65,7 @@ class Recipe:
         most = self.most_rows(problem)
         rows = _rows_now(self.rows, most, self.share, problem.count)
         positions, sample = problem.draw(draw, score, most, rows)
-        return sample, _signs(problem.outputs, problem.dtype, signs, positions)
+        return sample, _signs(problem.outputs, signs, positions)
 
     def cost(self, problem: Problem, sample: Sample) -> Any:
         """Rows of a sample, what they cost being ROW each."""
@@ -82,9 +82,12 @@ def _rows_now(least: int, most: int, share: float, count: Array) -> Array:
     return jnp.clip(jnp.ceil(share * count.astype(np.float32)).astype(count.dtype), least, most)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _signs(outputs: int, dtype: Any, key: Array, positions: Array) -> Array:
-    """Random signs (n, M) that belong to the examples, not to their places: one other draw changes one row only."""
+@functools.partial(jax.jit, static_argnums=0)
+def _signs(outputs: int, key: Array, positions: Array) -> Array:
+    """Random signs (n, M) that belong to the examples, not to their places: one other draw changes one row only.
+
+    A byte each: with a large subset they are most of what a sample takes.
+    """
     occurrence = jnp.arange(len(positions), dtype=positions.dtype) - jnp.searchsorted(positions, positions).astype(
         positions.dtype
     )
@@ -92,7 +95,7 @@ def _signs(outputs: int, dtype: Any, key: Array, positions: Array) -> Array:
     def one(place: tuple[Array, Array]) -> Array:
         position, occurrence = place
         own = jax.random.fold_in(jax.random.fold_in(key, position), occurrence)
-        return jax.random.rademacher(own, (outputs,), dtype)
+        return jax.random.rademacher(own, (outputs,), np.int8)
 
     return lax.map(one, (positions, occurrence), batch_size=_SIGNS_AT_ONCE)
 

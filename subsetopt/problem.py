@@ -97,7 +97,8 @@ def _rows(objective: Objective, shared: Any, block: Any) -> Array:
 
     def row(x: Array, y: Array, weight: Array, u: Array) -> Array:
         outputs, pull = jax.vjp(lambda w: objective.model.outputs(w, constants, x[None]), w)
-        return pull(objective.loss.root(outputs, y[None], u.reshape(outputs.shape)) * jnp.sqrt(weight))[0]
+        units = u.astype(outputs.dtype).reshape(outputs.shape)
+        return pull(objective.loss.root(outputs, y[None], units) * jnp.sqrt(weight))[0]
 
     def by_pieces(*block: Array) -> Array:
         """Not in a loop, in which XLA's convolutions are slow on CPUs; pieces in the cache are a quarter faster."""
@@ -306,8 +307,9 @@ class Problem:
     def gram(self, w: Array, sample: Sample, u: Any, onto: Array | None = None, least: int | None = None) -> Array:
         """Lower triangle of `onto` + sum_i weight_i r_i r_i' with rows r_i = J_i'B_i u_i, (P, P); costs ROW * n.
 
-        u: (n, M); random signs make the sum an unbiased estimate of J'HJ. None: all M rows of each example, which
-        make it exact and cost ROW * M * n. least: a number of examples for which no block is partly empty.
+        u: (n, M), of any dtype; random signs make the sum an unbiased estimate of J'HJ. None: all M rows of each
+        example, which make it exact and cost ROW * M * n. least: a number of examples for which no block is partly
+        empty.
         """
         onto = jnp.zeros((self.parameters, self.parameters), w.dtype) if onto is None else onto
         kernel, extra = (_whole_gram_block, ()) if u is None else (_gram_block, (u,))
