@@ -151,7 +151,7 @@ class Dense:
         """One pass over the new rows."""
         sample, u = self.recipe.draw(problem, score, key)
         old = 0.0 if u is None else self.recipe.averaging
-        # The new rows are added onto the old matrix: no second one is ever held.
+        # The new rows are added onto the old matrix's share, which is a copy: an interrupted step goes back to it.
         onto, weights = _shares(old, kept, jnp.asarray(sample.weights))
         with self.recipe.fast():
             a = problem.gram(w, sample._replace(weights=weights), u, onto, self.recipe.rows)
@@ -173,8 +173,9 @@ class Dense:
 @functools.partial(jax.jit, static_argnums=0)
 def _shares(averaging: float, kept: Matrix, weights: Array) -> tuple[Array, Array]:
     """The old matrix and the new sample's weights, each times its share."""
-    old = jnp.where(kept.samples > 0, jnp.asarray(averaging, weights.dtype), 0)
-    return old * kept.a, (1 - old) * weights
+    lasts = (kept.samples > 0) & jnp.isfinite(jnp.trace(kept.a))
+    old = jnp.where(lasts, jnp.asarray(averaging, weights.dtype), 0)
+    return jnp.where(old > 0, old * kept.a, 0), (1 - old) * weights
 
 
 _times = jax.jit(symmetric_product)
@@ -285,8 +286,9 @@ class SampleSpace:
 def _pushed(window: int, averaging: float, kept: RowSpace, new: Array, c: Array | None) -> RowSpace:
     """The newest sample in front, the oldest one gone, every one weighted by its age."""
     new = new.reshape(-1, new.shape[-1])
-    rows = jnp.concatenate([new, kept.rows[: -len(new)]])
-    samples = jnp.minimum(kept.samples + 1, window)
+    lasts = jnp.isfinite(jnp.trace(kept.gram))
+    rows = jnp.concatenate([new, jnp.where(lasts, kept.rows[: -len(new)], 0)])
+    samples = jnp.minimum(jnp.where(lasts, kept.samples, 0) + 1, window)
     shares = jnp.asarray([averaging**age for age in range(window)], rows.dtype)
     shares = jnp.where(jnp.arange(window, dtype=np.int32) < samples, shares, 0)
     root = jnp.repeat(jnp.sqrt(shares / jnp.sum(shares)), len(new))

@@ -98,7 +98,7 @@ class Devices:
     def replicate(self, tree: Any) -> Any:
         """The tree on every device of every process, each of which holds the same values; what is there stays."""
         if self.count == 1:
-            return jax.device_put(tree)
+            return jax.device_put(tree, self.local[0])
         everywhere = NamedSharding(Mesh(np.array(self.all), (AXIS,)), PartitionSpec())
         if len(self.local) == self.count:
             return jax.device_put(tree, everywhere)
@@ -178,7 +178,9 @@ def choose(devices: Sequence[Any] | None) -> Devices:
     checks.devices(devices, jax.Device)
     if devices is not None:
         return Devices(tuple(devices), tuple(devices))
-    return Devices(tuple(jax.devices()), tuple(jax.local_devices()))
+    # One process after the other, each with its own together, which is not the order of a TPU pod's numbers.
+    in_order = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Devices(tuple(in_order), tuple(d for d in in_order if d.process_index == jax.process_index()))
 
 
 def cost_analysis(function: Callable, *arguments: Any) -> dict[str, float]:

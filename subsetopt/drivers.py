@@ -74,7 +74,8 @@ class Host:
             block = _block(data, sample, extra, start, width)
             sums, values, done = devices.run(kernel, static, sums, shared, block)
             waiting.append((start, values, done))
-            if len(waiting) > _AHEAD:
+            # Those that only add to a sum, as rows do to a matrix, compute for long and fill far more than their data.
+            if len(waiting) > (_AHEAD if jax.tree.leaves(values) else 1):
                 each = self._keep(each, sample, *waiting.pop(0))
             pages.read(*block)
         for made in waiting:

@@ -17,12 +17,14 @@ from subsetopt import checks
 from subsetopt.checkpoint import Checkpoint, Resumable
 from subsetopt.drivers import Compiled
 from subsetopt.model import Params, mask_tree
+from subsetopt.pages import Pages
 from subsetopt.problem import GRADIENT, LOSS, Objective, Problem, checksum, held_out, identity, make_problem, placed
 from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Status
 
 WARM_UP_BATCH = 32  # measured, at fixed rates: twice as far in an epoch as batches of 128
 _TELLING_STEPS = 20  # of fewer a tenth is one batch
+_STEPS_OF_PAGES = 32  # after which mapped pages go back: an example of a random place maps 64 kB, however small it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +116,20 @@ def finetune(
     checks.folder("checkpoint", checkpoint)
     epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # JSON knows no NumPy numbers
     checks.function("callback", callback)
-    problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
-    checks.patience(patience, validation)
-    watched = None if validation is None else held_out(problem, validation, loss, w)
-    optimizer = optax.adam(1e-3) if optimizer is None else optimizer
-    batch_size = min(batch_size, problem.examples)
-    run = _Run(problem, placed(problem, driver), w, optimizer, trainable, batch_size, seed, watched)
-    plan = {"call": "finetune", "batch_size": batch_size, "seed": seed}
-    saver = Checkpoint(checkpoint, {} if checkpoint is None else plan | run.description(w))
-    with Bar("finetune", epochs, progress) as bar:
-        run.loop(epochs, patience, callback, bar, saver)
-    return run.result()
+    with jax.default_matmul_precision("highest"):  # as in fit_subset: losses that compare
+        problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
+        own = problem.driver.devices
+        with own.context():
+            checks.patience(patience, validation)
+            watched = None if validation is None else held_out(problem, validation, loss, w)
+            optimizer = optax.adam(1e-3) if optimizer is None else optimizer
+            batch_size = min(batch_size, problem.examples)
+            run = _Run(problem, placed(problem, driver), w, optimizer, trainable, batch_size, seed, watched)
+            plan = {"call": "finetune", "batch_size": batch_size, "seed": seed}
+            saver = Checkpoint(checkpoint, {} if checkpoint is None else plan | run.description(w), own.process)
+            with Bar("finetune", epochs, progress) as bar:
+                run.loop(epochs, patience, callback, bar, saver)
+            return run.result()
 
 
 class _Run(Resumable):
@@ -249,10 +254,13 @@ def descend(
     if isinstance(problem.driver, Compiled):
         at, told = _steps(static, shared, at, (problem.x, problem.y), (rows, weights))
         return at, *jax.device_get(told)
-    each = []
-    for row, weight in zip(rows, weights, strict=True):
+    each, pages = [], Pages(problem.x, problem.y)
+    for step, (row, weight) in enumerate(zip(rows, weights, strict=True)):
         at, told = _step(static, shared, at, (problem.x[row], problem.y[row], weight))
         each.append(told)
+        if step % _STEPS_OF_PAGES == 0:
+            pages.release()
+    pages.release()
     losses, slopes = zip(*jax.device_get(each), strict=True)  # read only now: no step waits for them
     return at, np.stack(losses), np.stack(slopes)
 

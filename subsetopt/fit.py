@@ -121,7 +121,8 @@ def fit_subset(
             "converged": the subset's minimum; a number: that many steps, and more where the last one was rejected on a
             fresh subset. None: the solver's own. The last stage goes on until it has converged, target_loss or
             max_steps; with "representative" and a subset as last stage, the probe ends that one too.
-        warmup_epochs: Adam on mini-batches of 32 before the first step, in epochs; 0: none. Its rate rises to
+        warmup_epochs: Adam on mini-batches of 32 before the first step, in epochs of all examples but the probe, also
+            where growth stops at a subset; 0: none. Its rate rises to
             min(25 steps^-1/2, 2) P^-1/2 over the first tenth of its steps and decays as a cosine; no l2. Where it
             raises the loss, its parameters are dropped, and the message says so.
         seed: of initialisation, order, probe and samples. Same seed, same machine: same bits.
@@ -301,7 +302,7 @@ class _Fit(Resumable):
         return self.problem.on(self.pool[chosen], weights)
 
     def _step(self) -> Progress:
-        target = self.target_loss if self._is_last_stage() else -math.inf
+        target = self.target_loss if self._is_last_stage() and not self.fresh else -math.inf
         begin = float(self.state.cost), self.watch.seconds
         self.state, steps = advance(self.problem, self.solver, self.state, self._steps_at_once(), target)
         self.stage_steps += len(steps)
@@ -309,7 +310,8 @@ class _Fit(Resumable):
             self._remember_slopes()
         progress = self._record(steps, *begin)
         self.ended = self._stage_status()
-        if self.fresh and not self._rejected():
+        stays = not self.ended or self._is_last_stage()  # else the next stage draws a subset of its own size
+        if self.fresh and stays and not self._rejected():
             self.problem = self._subset()
         return progress
 
@@ -338,7 +340,7 @@ class _Fit(Resumable):
         last = self._is_last_stage()
         if self.state.status != Status.RUNNING:
             return Status(int(self.state.status))
-        if last and self.state.known and self._loss() <= self.target_loss:
+        if last and not self.fresh and self.state.known and self._loss() <= self.target_loss:
             return Status.TARGET_REACHED
         if self.until == "representative" and self.probe is not None and self._probe_is_outside():
             if self._told_all():

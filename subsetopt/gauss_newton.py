@@ -148,7 +148,11 @@ class GaussNewton:
 
     def step(self, problem: Problem, state: State) -> State:
         """Gradient, curvature, candidates, the best of them, and its test on the whole subset."""
-        state, runs = ended(problem, evaluated(problem, state, uncertain=True), self._tolerance(problem.dtype))
+        state = state.replace(memory=_of_this_subset(state.memory, state.known))
+        state = evaluated(problem, state, uncertain=True)
+        if problem.fresh:  # the only way to a point that was not evaluated before it was accepted
+            state = state.replace(**_back_from_nowhere(state))
+        state, runs = ended(problem, state, self._tolerance(problem.dtype))
         return problem.driver.cond(runs, partial(self._advance, problem), lambda state: state, state)
 
     def _advance(self, problem: Problem, state: State) -> State:
@@ -312,6 +316,26 @@ class GaussNewton:
 @jax.jit
 def _over_mean(values: Array) -> Array:
     return values / jnp.maximum(jnp.mean(values), jnp.finfo(values.dtype).tiny)
+
+
+def _of_this_subset(memory: Memory, known: Any) -> Memory:
+    """Without what was taken, tried and rejected on another subset: there curvature and gradient are not current."""
+    kept = memory.kept, memory.key
+    return _renewed(memory._replace(kept=None, key=None), known)._replace(kept=kept[0], key=kept[1])
+
+
+@jax.jit
+def _renewed(memory: Memory, known: Array) -> Memory:
+    rejections = memory.rejections.astype(memory.damping.dtype)
+    damping = jnp.where(known, memory.damping, memory.damping / _RAISE**rejections)
+    rejections = jnp.where(known, memory.rejections, 0)
+    return memory._replace(current=memory.current & known, damping=damping, rejections=rejections)
+
+
+def _back_from_nowhere(state: State) -> dict[str, Any]:
+    """Where the loss is not finite, the point before, which is the last one that a curvature was taken at."""
+    lost = state.status == Status.NONFINITE
+    return {"w": jnp.where(lost, state.memory.origin, state.w), "known": state.known & ~lost}
 
 
 @jax.jit

@@ -270,7 +270,7 @@ class Problem:
         return dataclasses.replace(self, fetched=(self.x[self.subset], self.y[self.subset]))
 
     def whole(self) -> Sample:
-        """Every example of the subset, equally weighted."""
+        """Every example of the subset, with its weight."""
         return Sample(self.subset, self.weights, self.count)
 
     def evaluate(self, w: Array, uncertain: bool = False) -> Evaluation:
@@ -292,7 +292,7 @@ class Problem:
         return self._reduce(_loss_block, self.objective, (), (w, self.constants), sample)[1]
 
     def mean_loss(self, w: Array, sample: Sample) -> float:
-        """Mean of `losses`, summed up in float64; from Python only."""
+        """Mean of `losses` over a sample of which all stand, summed up in float64; from Python only."""
         return float(np.mean(self.losses(w, sample), dtype=np.float64))
 
     def difference(self, w: Array, w0: Array, losses: Any, losses0: Any, weights: Any) -> Array:
@@ -330,8 +330,10 @@ class Problem:
         return positions, Sample(self.subset[positions], weights, n)
 
     def _reduce(self, kernel: Kernel, static: Any, sums: Any, shared: Any, sample: Sample, extra: Any = (), size=0):
+        """Blocks no larger than the sample: on an accelerator one may hold all examples there are."""
         data = (self.x, self.y) if sample.indices is not None else self.fetched
-        return self.driver.reduce(kernel, static, sums, shared, data, sample, extra, size or self.block_size)
+        size = min(size or self.block_size, self.driver.devices.even(len(sample.weights)))
+        return self.driver.reduce(kernel, static, sums, shared, data, sample, extra, size)
 
     def _row_block(self, u: Any, least: int | None = None) -> int:
         """Examples a block of rows: as many rows as large products like, fewer where they are long."""

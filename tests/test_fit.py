@@ -99,6 +99,43 @@ def test_nested_stages_never_raise_their_loss(data, solver):
     assert len(set(stage)) > 1
 
 
+@pytest.mark.parametrize("driver", ["host", "compiled"])
+@pytest.mark.parametrize("form", ["dense", "sample"])
+def test_stage_begins_anew_after_one_that_ended_with_a_rejected_step(form, driver):
+    """On another subset nothing of the last one is current: neither gradient, nor curvature, nor rejections."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(150, 8)).astype(np.float32)
+    y = (x @ rng.normal(size=(8, 3)) + rng.normal(size=(150, 3))).argmax(axis=1).astype(np.int32)
+
+    def fit(growth):
+        solver = GaussNewton(curvature_ratio=None, tolerance=0, linear_solve=form)
+        options = {"until": "converged", "l2": 1e-2, "max_steps": 300, "driver": driver} | QUIET
+        return fit_subset(nn.Dense(3), (x, y), solver=solver, growth=growth, **options)
+
+    result = fit(Growth(2, 2))
+    assert [stage["status"] for stage in result.stages] == ["STALLED"] * len(result.stages)  # with tolerance 0
+    assert len(result.stages) > 2
+    assert result.loss == pytest.approx(fit(Growth(1e9)).loss, rel=1e-6)
+
+
+def test_fresh_subset_whose_loss_is_not_finite_gives_the_parameters_before():
+    """One example of 2,000 is beyond where the loss overflows, and no trial is sure to hold it."""
+    x = np.linspace(1, 2, 2000, dtype=np.float32)[:, None]
+    x[::100] = 100
+
+    def explode(outputs, y):
+        return jnp.exp(jnp.minimum(outputs[:, 0], 1e3) - 3 * y[:, 0]) - outputs[:, 0]
+
+    params = {"w": np.zeros((1, 1), np.float32)}
+    options = {"loss": explode, "growth": Growth(20, stop=20, nested=False), "max_steps": 30} | QUIET
+    solver = GaussNewton(trial_examples=1)
+    result = fit_subset(lambda p, x: x @ p["w"], (x, np.ones_like(x)), params, solver=solver, **options)
+    assert result.status == Status.NONFINITE
+    assert not np.isfinite(result.history["loss"][-1])
+    assert np.isfinite(result.loss)
+    assert np.isfinite(leaves(result.params)[0]).all()
+
+
 def test_stage_sizes_are_nested_prefixes_of_the_order(data):
     growth = Growth(start=2, factor=2)
     result = fit_subset(Net(), data, solver=LBFGS(), growth=growth, until=1, max_steps=10, **QUIET)
