@@ -79,6 +79,12 @@ def folder(name: str, value: Any) -> None:
     require(fits, name, "be the path of a folder, or None", repr(value), f"pass for example {name}='folder'")
 
 
+def same_step(steps: list[int]) -> None:
+    """All processes go on from the same step."""
+    must, way_out = "hold the same run for every process", "pass a folder that all of them see"
+    require(len(set(steps)) == 1, "checkpoint", must, f"steps {steps}", way_out)
+
+
 def positive(name: str, value: Any) -> None:
     """A finite number above zero."""
     real_number(name, value, 0)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from subsetopt import checks
@@ -109,6 +110,12 @@ class Devices:
         if self.count == 1:
             return tree
         return jax.tree.map(lambda a: a.addressable_data(0) if isinstance(a, Array) else a, tree)
+
+    def of_each_process(self, number: int) -> list[int]:
+        """What each process has for this number; all of them have to ask."""
+        if len(self.local) == self.count:
+            return [number]
+        return multihost_utils.process_allgather(np.int32(number)).tolist()
 
     # --- the host driver: one block a call -------------------------------------------------------------------------
 

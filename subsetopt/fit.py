@@ -11,6 +11,7 @@ from jax import Array
 
 from subsetopt import checks
 from subsetopt.checkpoint import Checkpoint, Resumable
+from subsetopt.devices import Devices
 from subsetopt.drivers import Sample
 from subsetopt.finetune import warm_up
 from subsetopt.gauss_newton import GaussNewton
@@ -136,7 +137,7 @@ def fit_subset(
             program, data on the device; "auto": compiled on accelerators that hold the data, and on CPUs where
             `solver.check_every` is above 1 (LBFGS), the data have at most 64 MiB and nothing convolves; else host.
         callback: called with a `Progress` after each step (compiled: each `solver.check_every` steps); return True to
-            stop.
+            stop. Of several processes each calls its own, and one that says so stops all.
         progress: show a progress bar (plain lines in a log).
         checkpoint: folder to save to and to resume from.
 
@@ -241,11 +242,13 @@ class _Fit(Resumable):
                         self._warm_up(w, mask, warmup_epochs)
                     self._enter_stage()
                     self.complete()
+                checks.same_step(self._devices.of_each_process(self.n_steps))
                 while self._goes_on():
                     progress = self._step()
                     self.complete()
                     bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
-                    if callback is not None and callback(progress):
+                    # Where one process stops, all do: the next evaluation would wait for it.
+                    if callback is not None and any(self._devices.of_each_process(bool(callback(progress)))):
                         self.status = Status.STOPPED
         except KeyboardInterrupt:
             self.status = Status.STOPPED
@@ -422,8 +425,12 @@ class _Fit(Resumable):
     def _cost(self) -> float:
         return float(self.state.cost) + self.probe_cost
 
+    @property
+    def _devices(self) -> Devices:
+        return self.host.driver.devices
+
     def _here(self, tree: Any) -> Any:
-        return self.host.driver.devices.here(tree)
+        return self._devices.here(tree)
 
     def _params(self, w: Array) -> Params:
         return _unflatten(self.host.objective.model, self._here(w), self.host.constants)

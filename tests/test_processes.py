@@ -47,6 +47,29 @@ DIE = """if True:
 """
 
 
+STOP = """if True:
+    import json, sys
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=20)
+    from test_oracles import LBFGS, MLP, fit
+    from subsetopt import finetune
+
+    own = int(sys.argv[2])
+    stop = lambda progress: own == 1 and progress.step >= 3
+    result = fit(MLP, LBFGS(), 20, callback=stop, driver="host", checkpoint=f"{sys.argv[3]}/all")
+    options = {"batch_size": 64, "callback": stop, "progress": False, "checkpoint": f"{sys.argv[3]}/tuned"}
+    tuned = finetune(MLP.apply, (MLP.x, MLP.y), result.params, epochs=3, **options)
+    try:  # one has a run to go on with, the other has none
+        fit(MLP, LBFGS(), 20, driver="host", checkpoint=f"{sys.argv[3]}/{['all', 'none'][own]}")
+        found = "no error"
+    except ValueError as error:
+        found = str(error)
+    told = [(run.status.name, run.n_steps, run.loss) for run in (result, tuned)]
+    print(json.dumps([*told, found]))
+"""
+
+
 def start(code: str, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
@@ -75,6 +98,15 @@ def test_two_processes_get_the_result_of_one_device():
     alone = json.loads(finished(start(SOLVE.replace("driver=driver", "driver=driver, devices=jax.devices()[:1]"))))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, alone, rtol=1e-9)
+
+
+def test_two_processes_stop_together_and_go_on_together(tmp_path: Path):
+    where = address()
+    both = [start(STOP, where, str(number), str(tmp_path)) for number in range(2)]
+    first, second = (json.loads(finished(process)) for process in both)
+    assert first == second
+    assert [run[:2] for run in first[:2]] == [["STOPPED", 3], ["STOPPED", 3]]
+    assert "checkpoint must hold the same run for every process, found steps [3, 0]" in first[2]
 
 
 @pytest.mark.parametrize("driver", ["host", "compiled"])
