@@ -81,7 +81,7 @@ class Job(jobs.Job):
     experiment, labels = "demo", ("dataset", "method")
 
     def __init__(self, arguments: Arguments):
-        super().__init__(arguments.dataset, METHODS, arguments, f"-seed{arguments.seed}")
+        super().__init__(arguments.dataset, METHODS, arguments, arguments.seed)
         self.dataset, self.seed, self.setting = arguments.dataset, arguments.seed, SETTINGS[arguments.dataset]
         self.problem = self.setting.problem.tiny() if arguments.smoke else self.setting.problem
 

@@ -54,11 +54,11 @@ class Job(abc.ABC):
     experiment: ClassVar[str]
     labels: ClassVar[tuple[str, str]]
 
-    def __init__(self, name: str, parts: Sequence[str], arguments: Options, suffix: str = ""):
-        """`suffix`: of the folder in which parts are kept."""
+    def __init__(self, name: str, parts: Sequence[str], arguments: Options, seed: int = 0):
+        """Seeds beside the first one have records of their own."""
         self.arguments, self.parts = arguments, parts
-        self.name = records.named(name, arguments.smoke)
-        self.folder = arguments.out / "parts" / (self.name + suffix)
+        self.name = records.named(name + (f"-seed{seed}" if seed else ""), arguments.smoke)
+        self.folder = arguments.out / "parts" / self.name
 
     @abc.abstractmethod
     def measure(self, part: str) -> Any:
@@ -127,6 +127,7 @@ class Job(abc.ABC):
 
 def run(jobs: Iterable[Job], arguments: Options, part: str | None) -> Iterator[dict[str, Any]]:
     """Run what has no result yet, one part of each job or all; the records that are complete then."""
+    records.environment()  # reads the commit now: when a record is made there may be another one
     for job in jobs:
         if arguments.list:
             job.show()

@@ -238,7 +238,7 @@ class Job(jobs.Job):
         fits |= {"scale": name == "float32", "seeds": name == "float32" and ON_CPU}
         left_out = {part for part, it_fits in fits.items() if not it_fits}
         parts = [part for part in PARTS if part not in left_out and _installed(name, part)]
-        super().__init__(name, parts, arguments, f"-seed{arguments.seed}")
+        super().__init__(name, parts, arguments, arguments.seed)
 
     @functools.cached_property
     def problem(self) -> Problem:

@@ -38,9 +38,9 @@ class FitResult:
     in gradients of one example. seconds: without compile_seconds. order: (N,) the permutation whose prefixes are the
     nested subsets; with fresh subsets, the order of the first stages' pool with the probe at its end. stages: a row a
     stage. history: equal-long lists, an entry a step. There `loss` is the subset's loss after the step, but before it
-    where the subset is fresh: then it is an unbiased look at the training loss; steps that were one program share its
-    `seconds` in proportion to their cost. driver: "host" or "compiled". precision: dtype, and that of matrix products,
-    in the loss and its gradient (matmul) and in the curvature.
+    where the subset is fresh: then it is an all but unbiased look at the training loss; steps that were one program
+    share its `seconds` in proportion to their cost. driver: "host" or "compiled". precision: dtype, and that of matrix
+    products, in the loss and its gradient (matmul) and in the curvature.
     """
 
     params: Params

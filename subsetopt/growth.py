@@ -31,7 +31,7 @@ class Growth:
     nested: True: each subset is a prefix of one permutation, a deterministic objective. False: every step draws a
         fresh subset of its stage's size (Gauss-Newton only; seeded, so just as repeatable).
     importance: share of a fresh subset that is drawn in proportion to the examples' last known slopes |dl/df|, the
-        rest uniformly, for slopes grow old; weights keep its loss unbiased. Below 1; 0: all uniformly.
+        rest uniformly, for slopes grow old; weights keep its loss all but unbiased. Below 1; 0: all uniformly.
     """
 
     start: float = 4.0
@@ -74,7 +74,7 @@ class Growth:
 def draw_fresh(
     slopes: np.ndarray, size: int, importance: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A fresh subset: `size` different positions, and their weights, which make its sums unbiased means of the n.
+    """A fresh subset: `size` different positions, and weights that make its sums all but unbiased means of the n.
 
     slopes: (n,) last known |dl_i/df_i|, NaN where there is none: those count as the mean. Sampling by slopes:
     Katharopoulos and Fleuret, Not all samples are created equal (2018), there by this very bound of the gradient's

@@ -22,6 +22,7 @@ def test_demo_runs_part_by_part_to_a_record_a_table_and_figures(smoke):
     assert record["final"].keys() >= {"gauss_newton", "lbfgs", "gauss_newton_finetune", "adam"}
     assert record["config"]["parameters"] == 1446
     assert run("--list").count("done") == 3
+    assert run("--list", "--seed", "1").count("to do") == 3
 
 
 def test_bar_writes_plain_lines_to_a_log(monkeypatch: pytest.MonkeyPatch):
