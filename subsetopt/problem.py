@@ -416,6 +416,7 @@ def make_problem(
     own_model, w, constants = prepare(model, params, x, seed, trainable)
     checks.x_dtype(x, w.dtype)
     own = choose(devices)
+    w, constants = jax.device_put((w, constants), own.local[0])  # params may be committed to another one
     objective = Objective(own_model, resolve(loss))
     outputs = _checked_outputs(objective, loss, w, constants, x, y)
     size = own.even(min(block_size or _default_block(own, objective, w, constants, x, y), len(x)))

@@ -94,6 +94,24 @@ def test_accelerators_have_every_operation_of_a_solve(solver: Any):
     assert "while" in traced.lower(lowering_platforms=("cuda", "tpu")).as_text()
 
 
+ELSEWHERE = """if True:
+    import jax
+    from test_engine import GaussNewton, LBFGS, MLP, WHOLE, fit_subset
+    first, second = jax.devices()
+    params = jax.device_put(MLP.params, first)
+    for solver in (LBFGS(), GaussNewton()):
+        for driver in ("host", "compiled"):
+            options = WHOLE | {"solver": solver, "driver": driver, "devices": [second], "max_steps": 2}
+            result = fit_subset(MLP.apply, (MLP.x, MLP.y), params, **options)
+            assert all(a.devices() == {second} for a in jax.tree.leaves(result.params)), driver
+    print("there")
+"""
+
+
+def test_fit_is_on_the_device_asked_for_wherever_the_parameters_are(run_python: Any, request: pytest.FixtureRequest):
+    assert run_python("-c", ELSEWHERE, devices=2, cwd=request.path.parent).strip() == "there"
+
+
 class Accelerator:
     """A device with a gigabyte, or one that does not tell."""
 
