@@ -151,7 +151,8 @@ class GaussNewton:
         state = state.replace(memory=_of_this_subset(state.memory, state.known))
         state = evaluated(problem, state, uncertain=True)
         if problem.fresh:  # the only way to a point that was not evaluated before it was accepted
-            state = state.replace(**_back_from_nowhere(state))
+            w, known = _back_from_nowhere(state.w, state.known, state.status, state.memory.origin)
+            state = state.replace(w=w, known=known)
         state, runs = ended(problem, state, self._tolerance(problem.dtype))
         return problem.driver.cond(runs, partial(self._advance, problem), lambda state: state, state)
 
@@ -332,10 +333,11 @@ def _renewed(memory: Memory, known: Array) -> Memory:
     return memory._replace(current=memory.current & known, damping=damping, rejections=rejections)
 
 
-def _back_from_nowhere(state: State) -> dict[str, Any]:
+@jax.jit
+def _back_from_nowhere(w: Array, known: Array, status: Array, origin: Array) -> tuple[Array, Array]:
     """Where the loss is not finite, the point before, which is the last one that a curvature was taken at."""
-    lost = state.status == Status.NONFINITE
-    return {"w": jnp.where(lost, state.memory.origin, state.w), "known": state.known & ~lost}
+    lost = status == Status.NONFINITE
+    return jnp.where(lost, origin, w), known & ~lost
 
 
 @jax.jit
