@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subsetopt import checks
+from subsetopt.devices import Devices
 from subsetopt.timing import Stopwatch
 
 _SAVING = 20  # a save for so many times its duration
@@ -95,23 +96,31 @@ class Resumable:
     numbers: ClassVar[tuple[str, ...]]
     arrays: ClassVar[tuple[str, ...]]
 
-    def __init__(self, columns: Iterable[str]):
+    def __init__(self, columns: Iterable[str], devices: Devices):
+        self.devices = devices
         self.history: dict[str, list] = {column: [] for column in columns}
         self.watch = Stopwatch()
         self.point: dict[str, Any] = {}  # the last complete step
         self._saved: dict[str, Any] = self.point
 
     def resume(self, saver: Checkpoint) -> bool:
-        """Whether there is something to go on from; then it stands there."""
+        """Whether there is something to go on from; then it stands there, and every process at the same step."""
         self._saver, saved = saver, saver.load(self.tree(vars(self)))
-        if saved is None:
-            return False
-        tree, content = saved
+        if saved is not None:
+            self._go_back_to(*saved)
+        steps = len(next(iter(self.history.values())))
+        checks.same_step(self.devices.of_each_process(steps))
+        return saved is not None
+
+    def _go_back_to(self, tree: Any, content: dict[str, Any]) -> None:
         self.watch = Stopwatch(content.pop("seconds"), content.pop("compile"))
         vars(self).update(content)
         self.restore(tree)
         self.point = self._saved = self._stands()
-        return True
+
+    def stopped_by(self, callback: Any, progress: Any) -> bool:
+        """Whether the callback wants to stop, here or in another process, whose next evaluation would wait for all."""
+        return callback is not None and any(self.devices.of_each_process(bool(callback(progress))))
 
     def tree(self, values: dict[str, Any]) -> Any:
         """What is saved of the values of `arrays`."""

@@ -143,7 +143,6 @@ class Compiled:
         Where one block is all there can be, there is no loop: on a GPU each turn waits for its condition.
         """
         n = len(sample.weights)
-        size = n if sample.indices is None else size
         part, rank = size // self.devices.count, self.devices.rank()
         capacity = -(-n // size) * size
 

@@ -139,10 +139,11 @@ class _Run(Resumable):
     arrays = ("params", "opt_state", "best")
 
     def __init__(self, host, problem, w, optimizer, trainable, batch_size, seed, held_out):
-        super().__init__(("epoch", "step", "loss", "validation_loss", "sample_grads", "seconds"))
-        self._devices = problem.driver.devices
+        super().__init__(
+            ("epoch", "step", "loss", "validation_loss", "sample_grads", "seconds"), problem.driver.devices
+        )
         # The same problem twice: for losses, and for the steps, which the first device takes.
-        self.problem, self.stepped = host, self._devices.here(problem)
+        self.problem, self.stepped = host, self.devices.here(problem)
         self.optimizer, self.batch_size, self.seed = (optimizer, batch_size, seed)
         self.held_out, self.status, self.epoch, self.steps, self.cost = (held_out, Status.RUNNING, 0, 0, 0.0)
         params = host.objective.model.unflatten(w, host.constants)
@@ -159,12 +160,11 @@ class _Run(Resumable):
             with self.kept():
                 if not self.resume(saver):
                     self.complete()
-                checks.same_step(self._devices.of_each_process(self.steps))
                 while self._goes_on(epochs, patience):
                     progress = self.one_epoch()
                     self.complete()
                     bar.update(self.epoch, f"loss {progress.loss:.4g}")
-                    if callback is not None and any(self._devices.of_each_process(bool(callback(progress)))):
+                    if self.stopped_by(callback, progress):
                         self.status = Status.STOPPED
         except KeyboardInterrupt:
             self.status = Status.STOPPED

@@ -11,7 +11,6 @@ from jax import Array
 
 from subsetopt import checks
 from subsetopt.checkpoint import Checkpoint, Resumable
-from subsetopt.devices import Devices
 from subsetopt.drivers import Sample
 from subsetopt.finetune import warm_up
 from subsetopt.gauss_newton import GaussNewton
@@ -200,7 +199,7 @@ class _Fit(Resumable):
     arrays = ("state", "best_w", "slopes", "problem")
 
     def __init__(self, host, problem, solver, growth, until, max_steps, target_loss, seed):
-        super().__init__(_HISTORY)
+        super().__init__(_HISTORY, host.driver.devices)
         # The same problem twice: for what is done from Python (probe, result), and for the driver.
         self.host, self.problem = host, problem
         self.solver, self.growth, self.until = solver, growth, until
@@ -242,13 +241,11 @@ class _Fit(Resumable):
                         self._warm_up(w, mask, warmup_epochs)
                     self._enter_stage()
                     self.complete()
-                checks.same_step(self._devices.of_each_process(self.n_steps))
                 while self._goes_on():
                     progress = self._step()
                     self.complete()
                     bar.update(self.n_steps, f"{progress.examples:,} examples, loss {progress.loss:.4g}")
-                    # Where one process stops, all do: the next evaluation would wait for it.
-                    if callback is not None and any(self._devices.of_each_process(bool(callback(progress)))):
+                    if self.stopped_by(callback, progress):
                         self.status = Status.STOPPED
         except KeyboardInterrupt:
             self.status = Status.STOPPED
@@ -425,12 +422,8 @@ class _Fit(Resumable):
     def _cost(self) -> float:
         return float(self.state.cost) + self.probe_cost
 
-    @property
-    def _devices(self) -> Devices:
-        return self.host.driver.devices
-
     def _here(self, tree: Any) -> Any:
-        return self._devices.here(tree)
+        return self.devices.here(tree)
 
     def _params(self, w: Array) -> Params:
         return _unflatten(self.host.objective.model, self._here(w), self.host.constants)

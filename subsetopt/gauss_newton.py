@@ -148,7 +148,9 @@ class GaussNewton:
 
     def step(self, problem: Problem, state: State) -> State:
         """Gradient, curvature, candidates, the best of them, and its test on the whole subset."""
-        state = state.replace(memory=_of_this_subset(state.memory, state.known))
+        memory: Memory = state.memory
+        known = _of_this_subset(state.known, memory.current, memory.damping, memory.rejections)
+        state = state.replace(memory=memory._replace(**known))
         state = evaluated(problem, state, uncertain=True)
         if problem.fresh:  # the only way to a point that was not evaluated before it was accepted
             w, known = _back_from_nowhere(state.w, state.known, state.status, state.memory.origin)
@@ -319,18 +321,15 @@ def _over_mean(values: Array) -> Array:
     return values / jnp.maximum(jnp.mean(values), jnp.finfo(values.dtype).tiny)
 
 
-def _of_this_subset(memory: Memory, known: Any) -> Memory:
-    """Without what was taken, tried and rejected on another subset: there curvature and gradient are not current."""
-    kept = memory.kept, memory.key
-    return _renewed(memory._replace(kept=None, key=None), known)._replace(kept=kept[0], key=kept[1])
-
-
 @jax.jit
-def _renewed(memory: Memory, known: Array) -> Memory:
-    rejections = memory.rejections.astype(memory.damping.dtype)
-    damping = jnp.where(known, memory.damping, memory.damping / _RAISE**rejections)
-    rejections = jnp.where(known, memory.rejections, 0)
-    return memory._replace(current=memory.current & known, damping=damping, rejections=rejections)
+def _of_this_subset(known: Array, current: Array, damping: Array, rejections: Array) -> dict[str, Array]:
+    """A memory's fields without what was taken and rejected on another subset."""
+    before = damping / _RAISE ** rejections.astype(damping.dtype)
+    return {
+        "current": current & known,
+        "damping": jnp.where(known, damping, before),
+        "rejections": jnp.where(known, rejections, 0),
+    }
 
 
 @jax.jit
