@@ -25,7 +25,7 @@ from jax import Array, lax
 
 from subsetopt.drivers import Sample
 from subsetopt.linalg import Factor, add_gram, cholesky, cholesky_solve, norm, symmetric_product
-from subsetopt.problem import PRODUCT, Problem, gradient_flops
+from subsetopt.problem import PRODUCT, Problem, counted, gradient_flops
 
 PRECISIONS = ("highest", "float32", "tensorfloat32", "high", "bfloat16", "default")
 MATRIX_LIMIT = 20_000  # rows and columns up to which a square matrix is kept: 1.6 GB in float32
@@ -69,7 +69,7 @@ class Recipe:
 
     def cost(self, problem: Problem, sample: Sample) -> Any:
         """Rows of a sample, what they cost being ROW each."""
-        return sample.count * problem.outputs if self.rows is None else sample.count
+        return counted(sample.count, problem.outputs) if self.rows is None else sample.count
 
     def fast(self) -> contextlib.AbstractContextManager:
         """Matrix products of the curvature may be coarser than those of the gradient."""
@@ -385,7 +385,7 @@ class MatrixFree:
             solution, more = self._solve(problem, w, kept, damping, grad)
             kept, products = kept._replace(solution=solution), products + more
             solutions.append(solution)
-        return jnp.stack(solutions), kept, products * kept.sample.count
+        return jnp.stack(solutions), kept, counted(products, kept.sample.count)
 
     def _solve(self, problem: Problem, w: Array, kept: Examples, damping: Array, grad: Array) -> tuple[Array, Any]:
         lam = _own_damping(kept.rows, damping + problem.real(problem.l2))
@@ -570,7 +570,7 @@ def window(problem: Problem, recipe: Recipe) -> int:
     """Samples that SampleSpace averages over: no more than have P rows together."""
     if recipe.rows is None or recipe.averaging == 0:
         return 1
-    return max(1, min(_WINDOW, problem.parameters // recipe.rows))
+    return max(1, min(_WINDOW, problem.parameters // recipe.most_rows(problem)))
 
 
 def _preconditioner(problem: Problem) -> int:

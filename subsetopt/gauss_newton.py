@@ -27,7 +27,7 @@ from subsetopt import checks
 from subsetopt.curvature import PRECISIONS, Form, Recipe, form_of
 from subsetopt.drivers import Sample
 from subsetopt.growth import Growth
-from subsetopt.problem import GRADIENT, LOSS, PRODUCT, ROW, Evaluation, Problem
+from subsetopt.problem import GRADIENT, LOSS, PRODUCT, ROW, Evaluation, Problem, counted
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
 _RAISE, _MAX_REJECTIONS = 4.0, 12  # damping after a rejected step; 4^12: seven orders of magnitude
@@ -82,7 +82,7 @@ class GaussNewton:
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
     damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is zero, as for the
-        absolute error: there steps are those of gradient descent.
+        absolute error: there steps are those of gradient descent. 0: none but for rounding, eps.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
     length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
@@ -192,7 +192,9 @@ class GaussNewton:
         def first_damping(state: State) -> State:
             scale, examples = form.mean_diagonal(problem, state.w, kept, probe)
             scale = jnp.where(scale > 0, scale, state.evaluation.norm)  # no curvature here: a gradient step of length 1
-            return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=self.damping * scale))
+            least = float(jnp.finfo(scale.dtype).eps)  # zero could not be raised where a step is rejected
+            damping = max(self.damping, least) * scale
+            return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=damping))
 
         return problem.driver.cond(memory.damping < 0, first_damping, lambda state: state, state)
 
@@ -232,7 +234,7 @@ class GaussNewton:
         choice, _ = problem.driver.while_loop(lambda carry: carry[1] < candidates, compare, (nothing, zero))
         if self.length_factor > 1:
             choice = self._rescaled(problem, state.w, sample, losses0, choice)
-        state = charged(charged(state, PRODUCT, products), LOSS, choice.tried * sample.count)
+        state = charged(charged(state, PRODUCT, products), LOSS, counted(choice.tried, sample.count))
         return state.replace(memory=memory._replace(key=key, kept=kept)), choice
 
     def _compare(
@@ -341,8 +343,7 @@ def _back_from_nowhere(w: Array, known: Array, status: Array, origin: Array) -> 
 
 @jax.jit
 def _damped(memory: Memory, status: Array) -> tuple[Memory, Array]:
-    eps = jnp.finfo(memory.damping.dtype).eps
-    damping = jnp.where(memory.damping == 0, eps, memory.damping) * _RAISE
     rejections = memory.rejections + 1
     status = jnp.where(rejections >= _MAX_REJECTIONS, jnp.full_like(status, Status.STALLED), status)
+    damping = memory.damping * _RAISE
     return memory._replace(damping=damping, previous=memory.previous * 0, rejections=rejections), status

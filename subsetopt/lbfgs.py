@@ -20,7 +20,7 @@ from subsetopt import checks, linesearch
 from subsetopt.growth import Growth
 from subsetopt.kronecker import Kronecker, learned, unlearned
 from subsetopt.linalg import norm
-from subsetopt.problem import GRADIENT, Evaluation, Problem
+from subsetopt.problem import GRADIENT, Evaluation, Problem, counted
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
 _ROOTS_EVERY = 20  # pairs, and at each power of two before: heuristic, measured
@@ -252,7 +252,7 @@ class LBFGS:
         line = _begin(state.memory, keeps, w, before.grad, before.norm, before.value, runs)
         start = Walk(line, Best(w, before, problem.real(0.0), np.False_), np.int32(0))
         walk = problem.driver.while_loop(lambda walk: walk.line.goes_on, partial(self._trial, problem, state), start)
-        state = charged(state, GRADIENT, walk.evals * problem.count, walk.evals)
+        state = charged(state, GRADIENT, counted(walk.evals, problem.count), walk.evals)
         best, threshold = walk.best, problem.real(self.pair_threshold)
         memory = _remember(state.memory, walk.line.keeps, best.w, w, best.evaluation.grad, before.grad, threshold)
         state = moved(state, best.w, best.evaluation).replace(memory=memory)

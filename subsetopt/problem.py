@@ -6,6 +6,7 @@ Costs in `sample_grads`: see the constants below. Memory is that of one block, w
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from subsetopt import checks
 from subsetopt.devices import Devices, Kernel, choose, cost_analysis
@@ -344,6 +346,11 @@ class Problem:
     def real(self, value: Any) -> Any:
         """A number of Python in the dtype of the problem."""
         return self.dtype.type(value) if isinstance(value, float) else value
+
+
+def counted(*counts: Any) -> Any:
+    """Their product: Python's float where it can be, for that is exact, else float32: as int32 it may overflow."""
+    return math.prod(count.astype(np.float32) if isinstance(count, Tracer) else float(count) for count in counts)
 
 
 def _full(n: int, size: int) -> int:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 
 from subsetopt.drivers import Host
 from subsetopt.growth import Growth
-from subsetopt.problem import GRADIENT, Evaluation, Problem
+from subsetopt.problem import GRADIENT, Evaluation, Problem, counted
 
 
 class Status(enum.IntEnum):
@@ -84,12 +83,7 @@ def start(problem: Problem, w: Array, memory: Any, uncertain: bool = False) -> S
 
 def charged(state: State, price: float, examples: Any, evals: Any = 0) -> State:
     """The state with `price` sample_grads added for each of so many examples, and so many evaluations."""
-    return state.replace(cost=state.cost + price * _real(examples), evals=state.evals + evals)
-
-
-def _real(number: Any) -> Any:
-    """Counts are Python's where they can be, for those are exact."""
-    return number.astype(np.float32) if isinstance(number, Tracer) else float(number)
+    return state.replace(cost=state.cost + price * counted(examples), evals=state.evals + evals)
 
 
 def evaluated(problem: Problem, state: State, uncertain: bool = False) -> State:

@@ -15,7 +15,7 @@ from problems import problems
 from subsetopt import LBFGS, GaussNewton, Growth, fit_subset
 from subsetopt.curvature import PRECISIONS
 from subsetopt.devices import Devices, cost_analysis
-from subsetopt.problem import Problem, make_problem, placed
+from subsetopt.problem import Problem, counted, make_problem, placed
 from subsetopt.solve import _steps as solver_steps
 from subsetopt.solve import _typed as typed
 from subsetopt.timing import compiled_programs
@@ -132,6 +132,12 @@ def test_a_block_takes_a_part_of_an_accelerators_memory_and_data_half_of_it():
     assert devices.hold(1 << 29)
     assert not devices.hold((1 << 29) + 1)
     assert untold.default_block(True, lambda: 1 << 20) == 8 * 256
+
+
+def test_costs_are_counted_beyond_32_bits():
+    many = np.int32(50_000)
+    assert counted(many, 50_000) == counted(jnp.asarray(many), 50_000) == 2.5e9
+    assert jax.jit(counted)(many, many) == np.float32(2.5e9)
 
 
 def test_operations_are_counted_by_the_cpu_or_not_at_all(monkeypatch: pytest.MonkeyPatch):
@@ -262,7 +268,12 @@ def test_curvature_may_be_coarse_and_the_result_says_so(linear_solve: str):
     assert result.loss < 0.5
 
 
-def test_tiny_losses_take_the_same_steps_in_float32():
+@pytest.mark.parametrize(
+    "solver",
+    [LBFGS(), GaussNewton(curvature_ratio=None, damping=0, momenta=(0.0,), length_factor=1.0)],
+    ids=["LBFGS", "undamped at first, so that steps are rejected"],
+)
+def test_tiny_losses_take_the_same_steps_in_float32(solver: Any):
     def tiny(outputs: Any, y: Any) -> Any:
         return 2.0**-20 * jnp.sum((outputs - jnp.eye(4, dtype=outputs.dtype)[y]) ** 2, axis=1)
 
@@ -270,7 +281,7 @@ def test_tiny_losses_take_the_same_steps_in_float32():
         return jnp.sum((outputs - jnp.eye(4, dtype=outputs.dtype)[y]) ** 2, axis=1)
 
     small, ours = (
-        fit_subset(MLP.apply, (MLP.x, MLP.y), MLP.params, loss=loss, solver=LBFGS(), max_steps=60, **WHOLE)
+        fit_subset(MLP.apply, (MLP.x, MLP.y), MLP.params, loss=loss, solver=solver, max_steps=60, **WHOLE)
         for loss in (tiny, plain)
     )
     np.testing.assert_array_equal(2.0**20 * np.array(small.history["loss"]), ours.history["loss"])
