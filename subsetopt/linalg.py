@@ -6,6 +6,7 @@ small for threads here. Left-looking blocked Cholesky: Golub and Van Loan, Matri
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,6 +43,24 @@ def _add_panels(gram: Array, rows: Array) -> Array:
         panel = lax.slice(gram, (start, 0), (stop, stop)) + product(start, stop)
         gram = lax.dynamic_update_slice(gram, panel, (start, 0))
     return gram
+
+
+def row_products(rows: Array, n: int) -> Array:
+    """The first n columns of R R', (N, n), R = rows (N, P); what is above the diagonal means nothing.
+
+    At full precision.
+    """
+    return lax.platform_dependent(rows, cpu=partial(_row_products_in_panels, n), default=partial(_row_products, n))
+
+
+def _row_products(n: int, rows: Array) -> Array:
+    return _product(rows, rows[:n], 1, 1)
+
+
+def _row_products_in_panels(n: int, rows: Array) -> Array:
+    panels = [_product(rows[start:stop], rows[:stop], 1, 1) for start, stop in _row_panels(n)]
+    corner = [jnp.pad(panel, ((0, 0), (0, n - panel.shape[1]))) for panel in panels]
+    return jnp.concatenate([*corner, _product(rows[n:], rows[:n], 1, 1)])
 
 
 def norm(v: Array) -> Array:
