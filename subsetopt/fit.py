@@ -212,7 +212,8 @@ class _Fit(Resumable):
         watched = probe > 0 and self.sizes[0] < n
         self.probe: Sample | None = subset_of(self.order[n - probe :], problem.dtype) if watched else None
         self.pool = self.order[: n - probe]
-        self.slopes = np.full(n, np.nan, problem.dtype)  # of each example, when it was last looked at
+        # Of each example, when it was last looked at; nested subsets are not drawn by them.
+        self.slopes = np.full(0 if growth.nested else n, np.nan, problem.dtype)
         # Where the fit stands.
         self.stage, self.n_steps, self.stage_steps, self.probe_cost = 0, 0, 0, 0.0
         self.status, self.ended = Status.RUNNING, Status.RUNNING  # of the fit; whether its stage is over, and why
@@ -254,7 +255,8 @@ class _Fit(Resumable):
 
     def _warm_up(self, w: Array, mask: Any, epochs: float) -> None:
         pool = self.pool if self.probe is not None else self.order
-        after, cost, self.slopes, doubtful = warm_up(self._here(self.problem.on(pool)), w, mask, epochs, self.seed)
+        after, cost, slopes, doubtful = warm_up(self._here(self.problem.on(pool)), w, mask, epochs, self.seed)
+        self.slopes = self.slopes if self.growth.nested else slopes
         if doubtful:
             shown = subset_of(pool[:WARM_UP_EXAMPLES], self.problem.dtype)
             cost += 2 * LOSS * len(shown.indices)
