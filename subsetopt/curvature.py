@@ -33,7 +33,7 @@ _WINDOW = 4  # row samples that SampleSpace averages over: with averaging 0.5, 9
 _PRECONDITIONER_ROWS = 256
 _REFINEMENTS = 20
 _SIGNS_AT_ONCE = 1 << 14  # rows whose random keys are in memory together
-_MODEL_RATE, _ROW_RATE, _CALL = 15.0, 36.0, 5e8  # see form_flops
+_MODEL_RATE, _ROW_RATE, _CALL, _READING = 15.0, 36.0, 5e8, 600.0  # see form_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -541,20 +541,21 @@ def _turned(basis: Array, it: _Iterate, z: Array) -> tuple[_Iterate, Array]:
 
 
 def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, float]:
-    """Floating-point operations of one step's curvature and solves, of each form that fits in memory.
+    """Cost of one step's curvature and solves in each form that fits in memory, in operations of large matrix products.
 
     With g those of one gradient, n rows of a sample, W samples averaged over, D dampings, c CG steps, r rows of the
     preconditioner, symmetric products and factors counted by half:
 
         dense   h n g + n P^2 + (2 + D) P^3 / 9
-        sample  h n g + (W n)^2 P + D (W n)^3 / 3
+        sample  h n g + (2 W - 1) n^2 P + D ((W n)^3 / 3 + z W n P)
         cg      h r g + r^2 P + D c (5/3 m g a n / M + 4 r P + e)
 
     Heuristics: CG needs half of the steps it may. The other forms average over steps for nothing, CG would need
-    a = 1 / (1 - averaging) times the examples to know as much. The model's own operations run at a fifteenth of the
-    rate of large matrix products, and a row costs 2.4 gradients (small convolutions on CPUs): m = 15, h = 36. Calling a
-    product costs as much as e = 5e8 operations of a matrix product, one or two milliseconds. A damping that has no
-    factorisation of its own costs a third of one.
+    a = 1 / (1 - averaging) times the examples to know as much. The model's own operations run at a fifth to a twentieth
+    of the rate of large matrix products, and products are paid for twice, in seconds and as gradients: m = 15. A row
+    costs 2.4 gradients (small convolutions on CPUs): h = 36. Calling a product costs as much as e = 5e8 operations of a
+    matrix product, one or two milliseconds. A damping that has no factorisation of its own costs a third of one. Twelve
+    times the rows are read for each damping, at the price of 50 operations a number: z = 600.
     """
     g, p = gradient_flops(problem), problem.parameters
     n = recipe.most_rows(problem)
@@ -565,7 +566,8 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
     if p <= MATRIX_LIMIT:
         flops["dense"] = _ROW_RATE * n * g + n * p**2 + (2 + dampings) * p**3 / 9
     if rows < p and rows * p <= MATRIX_LIMIT**2:
-        flops["sample"] = _ROW_RATE * n * g + rows**2 * p + dampings * rows**3 / 3
+        solving = dampings * (rows**3 / 3 + _READING * rows * p)
+        flops["sample"] = _ROW_RATE * n * g + (2 * rows - n) * n * p + solving
     return flops
 
 
