@@ -62,15 +62,17 @@ def gradient_flops(model: nn.Module, shape: tuple[int, ...], block: int = 128) -
 def linear_algebra_flops(solver: Any, parameters: int, examples: Sequence[int]) -> np.ndarray:
     """Operations up to each step, on so many examples, beside the model's own: curvature matrices, factorisations.
 
-    By halves, for both are symmetric. The compiler's cost analysis does not see into them: they are counted by hand.
+    By halves, for both are symmetric. The compiler's cost analysis does not see into them: they are counted by hand. Of
+    the dense form, which "auto" takes in every run of the defaults.
     """
     if not isinstance(solver, GaussNewton):
         return np.zeros(len(examples))
     rows = np.multiply(examples, CLASSES)
     if solver.curvature_ratio is not None:
         rows = np.maximum(solver.curvature_ratio * parameters, np.multiply(examples, solver.curvature_share))
-    # One factorisation, ten products with its inverse for each of the other dampings, one with A to average gradients.
-    products = 10 * (len(solver.damping_factors) - 1) + (solver.gradient_averaging > 0)
+    # One factorisation, and solves with it: one for its own damping, twelve for each of the others. One product with A
+    # to average gradients.
+    products = 1 + 12 * (len(solver.damping_factors) - 1) + (solver.gradient_averaging > 0)
     solving = parameters**3 / 3 + 2 * products * parameters**2
     return np.cumsum(rows * parameters**2 + solving)
 

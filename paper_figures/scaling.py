@@ -1,4 +1,4 @@
-"""Memory and time over the number of examples, and a Gauss-Newton step's seconds over the number of parameters.
+"""Memory and time over the number of examples, and a Gauss-Newton step's price over the number of parameters.
 
 Reads records of the experiment `scaling`: `examples` and `parameters`, one figure each.
 """
@@ -92,7 +92,7 @@ def parameters(record: dict) -> Figure:
         panel(axes, [curve for curve in curves if curve["ratio"][0] == ratio])
         axes.set_title(f"{ratio:g} rows a parameter", loc="left")
     style.label_ticks(panels[0].yaxis)
-    panels[0].set_ylabel("time of a step (seconds)")
+    panels[0].set_ylabel("a step and its gradients (seconds)")
     drawn.suptitle(picked_message(record))
     handles, labels = panels[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))
@@ -104,16 +104,16 @@ def panel(axes: Axes, curves: list[dict]) -> None:
     for curve in curves:
         label, line = FORMS[curve["form"][0]]
         # Models come in the order of their sizes.
-        axes.plot(curve["parameters"], curve["seconds_per_step"], label=label, **line)
-        rows = zip(curve["parameters"], curve["seconds_per_step"], curve["auto"], strict=True)
-        picked |= {p: seconds for p, seconds, auto in rows if auto == curve["form"][0]}
+        axes.plot(curve["parameters"], curve["price_per_step"], label=label, **line)
+        rows = zip(curve["parameters"], curve["price_per_step"], curve["auto"], strict=True)
+        picked |= {p: price for p, price, auto in rows if auto == curve["form"][0]}
     axes.plot(list(picked), list(picked.values()), label="picked by the cost model", **PICKED)
     axes.set(xscale="log", yscale="log", xlabel="parameters P")
 
 
 def picked_message(record: dict) -> str:
     worst = max(bar["measured"] for bar in record["final"]["bars"])
-    return f"The form that the cost model picks takes at most {worst:.2g} times as long as the fastest one"
+    return f"The form that the cost model picks costs at most {worst:.2g} times as much as the cheapest one"
 
 
 FIGURES = {"examples": examples, "parameters": parameters}

@@ -195,7 +195,7 @@ class _Fit(Resumable):
     """One fit: the stages, where it stands, and what it has cost."""
 
     numbers = ("diverged", "stage", "n_steps", "stage_steps", "stage_begin", "ended", "stages")
-    numbers += ("probe_cost", "best_probe", "last_check")
+    numbers += ("probe_cost", "best_probe", "best_loss", "last_check")
     arrays = ("state", "best_w", "slopes", "problem")
 
     def __init__(self, host, problem, solver, growth, until, max_steps, target_loss, seed):
@@ -219,7 +219,7 @@ class _Fit(Resumable):
         self.status, self.ended = Status.RUNNING, Status.RUNNING  # of the fit; whether its stage is over, and why
         self.diverged = False  # the warm-up
         self.stages: list[dict[str, Any]] = []
-        self.best_probe, self.last_check = math.inf, math.inf
+        self.best_probe, self.best_loss, self.last_check = math.inf, math.inf, math.inf
         self.stage_begin = (0.0, 0, 0.0)  # sample_grads, evals, seconds at the stage's start
         if self.fresh:
             checks.until_ends(until, probe)
@@ -284,7 +284,8 @@ class _Fit(Resumable):
         """The problem of this stage, with the warm start in the state."""
         self.problem, self.ended = self._subset(), Status.RUNNING
         self.state = self.state.replace(known=False, status=Status.RUNNING)
-        self.stage_steps, self.best_probe, self.last_check, self.best_w = (0, math.inf, math.inf, self.state.w)
+        self.stage_steps, self.best_w = 0, self.state.w
+        self.best_probe, self.best_loss, self.last_check = math.inf, math.inf, math.inf
         self.stage_begin = (self._cost(), int(self.state.evals), self.watch.seconds)
 
     @property
@@ -357,7 +358,7 @@ class _Fit(Resumable):
             return False
         loss = self.history["probe_loss"][-1]
         if loss < self.best_probe:
-            self.best_probe, self.best_w = loss, self.state.w
+            self.best_probe, self.best_loss, self.best_w = loss, self._loss(), self.state.w
         told = not loss < self.last_check * (1 - REPRESENTATIVE)
         self.last_check = loss
         if told:
@@ -408,10 +409,13 @@ class _Fit(Resumable):
             probe = self.history["probe_loss"][-1] if looked else None
         else:
             probe = self._probe_loss()
+        # A stage that the probe has ended ends where that was best.
+        back = status == Status.REPRESENTATIVE
+        losses = (self.best_loss, self.best_probe) if back else (self._loss(), probe)
         row = (
             *(int(self.problem.count), float(self.problem.ratio), status.name),
             *(self.stage_steps, int(self.state.evals) - evals),
-            *(self._cost() - cost, self._loss(), probe, self.watch.seconds - seconds),
+            *(self._cost() - cost, *losses, self.watch.seconds - seconds),
         )
         self.stages = [*self.stages, dict(zip(_STAGE, row, strict=True))]
 

@@ -193,7 +193,7 @@ class Solver(Protocol):
 
     growth, until, max_steps: the schedule of fit_subset that suits the method, used where the caller gives none.
     check_every: steps between two looks at the probe; the compiled driver takes so many in one program.
-    fresh_subsets: whether every step may get another subset.
+    fresh_subsets: whether every step may get another subset; its evaluations then have slopes (`uncertain=True`).
     """
 
     growth: ClassVar[Growth]

@@ -252,6 +252,9 @@ def test_representative_stage_ends_with_its_best_probe_loss(data):
     logits: Any = Net().apply({"params": result.params}, data[0][probe])
     losses = -jax.nn.log_softmax(logits)[np.arange(30), data[1][probe]]
     assert float(jnp.mean(losses)) == pytest.approx(min(probes), rel=1e-5)
+    (stage,), best = result.stages, result.history["probe_loss"].index(min(probes))
+    assert (stage["loss"], stage["probe_loss"]) == (result.history["loss"][best], min(probes))
+    assert best < result.n_steps - 1
 
 
 def test_converged_stage_has_no_gradient_left(data):

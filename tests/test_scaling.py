@@ -97,21 +97,27 @@ def test_losses_are_compared_with_the_first():
 
 
 def form_rows(auto: str) -> list[dict[str, Any]]:
-    seconds = {"dense": 1.0, "sample": 2.0, "cg": 4.0}
+    price = {"dense": 1.0, "sample": 2.0, "cg": 4.0}
     sizes = {"small": (1000, 1), "large": (10_000, 100)}
     return [
         {"series": f"{form}-1.1", "model": model, "ratio": 1.1, "form": form, "auto": auto}
-        | {"parameters": p, "seconds_per_step": factor * seconds[form]}
+        | {"parameters": p, "price_per_step": factor * price[form]}
         for model, (p, factor) in sizes.items()
-        for form in seconds
+        for form in price
     ]
 
 
-@pytest.mark.parametrize(("auto", "slower"), [("dense", 1.0), ("cg", 4.0)])
-def test_choice_is_compared_with_the_fastest_form(auto: str, slower: float):
+@pytest.mark.parametrize(("auto", "dearer"), [("dense", 1.0), ("cg", 4.0)])
+def test_choice_is_compared_with_the_cheapest_form(auto: str, dearer: float):
     bars = scaling.parameter_bars(form_rows(auto))
-    assert [bar["measured"] for bar in bars] == [slower, slower]
-    assert [bar["holds"] for bar in bars] == [slower <= 1.5] * 2
+    assert [bar["measured"] for bar in bars] == [dearer, dearer]
+    assert [bar["holds"] for bar in bars] == [dearer <= 1.5] * 2
+
+
+def test_price_of_a_step_is_its_seconds_and_those_of_its_gradients():
+    steps = [(1.0, 100.0), (9.0, 300.0), (2.0, 200.0)]
+    price = scaling._price(steps, {"seconds_per_gradient": 0.01})
+    assert price == {"seconds_per_step": 2.0, "grads_per_step": 200.0, "price_per_step": 4.0}
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
