@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import matplotlib
 import numpy as np
-import jax
 import pytest
 
 from experiments import cost_to_loss, records
