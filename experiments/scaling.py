@@ -1,6 +1,6 @@
 """How memory and time grow with examples, parameters and devices, each held against a bar.
 
-    python -m experiments.scaling                     everything, about a quarter of an hour on 2 cores
+    python -m experiments.scaling                     everything, an hour on 2 cores
     python -m experiments.scaling --only part=memmap  one part
 
 Each point is measured in a process of its own, so that its peak memory is its own; what is interrupted goes on with
@@ -41,6 +41,7 @@ from experiments.models import CNN, MLP
 from experiments.runs import WHOLE, Arrays, columns, count, fit_whole
 from paper_figures import scaling as figure
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, curvature, linalg
+from subsetopt.problem import Problem
 
 ON_CPU = jax.default_backend() == "cpu"
 CHUNK = 10_000  # examples made at once
@@ -320,9 +321,10 @@ def measure_parameters(model: str, ratio: float, examples: int, rounds: int) -> 
         picked["auto"] = forms[type(curvature.form_of(problem, recipe, "auto", dampings))]
         picked["modelled_flops"] = curvature.form_flops(problem, recipe, dampings)
         picked["parameters"], picked["gradient_flops"] = w.size, curvature.gradient_flops(problem)
-        problem.evaluate(w)  # compiles
-        gradients.append(clocked(problem.evaluate, w)[1] / examples)
+        evaluate(problem, w)  # compiles
+        gradients.append(clocked(evaluate, problem, w)[1] / examples)
 
+    evaluate = Problem.evaluate if ON_CPU else jax.jit(Problem.evaluate)
     gradients: list[float] = []  # seconds of one
     steps: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(rounds):

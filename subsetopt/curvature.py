@@ -33,7 +33,7 @@ _WINDOW = 4  # row samples that SampleSpace averages over: with averaging 0.5, 9
 _PRECONDITIONER_ROWS = 256
 _REFINEMENTS = 20
 _SIGNS_AT_ONCE = 1 << 14  # rows whose random keys are in memory together
-_MODEL_RATE, _ROW_RATE, _CALL, _READING = 15.0, 36.0, 5e8, 600.0  # see form_flops
+_MODEL_RATE, _ROW_RATE, _CALL, _READING = 15.0, 36.0, 5e8, 50.0  # see form_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -547,15 +547,16 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
     preconditioner, symmetric products and factors counted by half:
 
         dense   h n g + n P^2 + (2 + D) P^3 / 9
-        sample  h n g + (2 W - 1) n^2 P + D ((W n)^3 / 3 + z W n P)
+        sample  h n g + (2 W - 1) n^2 P + D ((W n)^3 / 3 + 50 z W n P)
         cg      h r g + r^2 P + D c (5/3 m g a n / M + 4 r P + e)
 
     Heuristics: CG needs half of the steps it may. The other forms average over steps for nothing, CG would need
     a = 1 / (1 - averaging) times the examples to know as much. The model's own operations run at a fifth to a twentieth
     of the rate of large matrix products, and products are paid for twice, in seconds and as gradients: m = 15. A row
     costs 2.4 gradients (small convolutions on CPUs): h = 36. Calling a product costs as much as e = 5e8 operations of a
-    matrix product, one or two milliseconds. A damping that has no factorisation of its own costs a third of one. Twelve
-    times the rows are read for each damping, at the price of 50 operations a number: z = 600.
+    matrix product, one or two milliseconds. A damping that has no factorisation of its own costs a third of one. Rows
+    are read z = 12 times for each damping, once where they are the subset's own, at 50 operations a number. The sample
+    form is none to choose where averaging is asked for and one sample has more than P / 2 rows.
     """
     g, p = gradient_flops(problem), problem.parameters
     n = recipe.most_rows(problem)
@@ -565,8 +566,10 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
     flops = {"cg": _ROW_RATE * r * g + r**2 * p + products}
     if p <= MATRIX_LIMIT:
         flops["dense"] = _ROW_RATE * n * g + n * p**2 + (2 + dampings) * p**3 / 9
-    if rows < p and rows * p <= MATRIX_LIMIT**2:
-        solving = dampings * (rows**3 / 3 + _READING * rows * p)
+    averages = recipe.rows is None or recipe.averaging == 0 or rows > n
+    if averages and rows < p and rows * p <= MATRIX_LIMIT**2:
+        reading = _READING * (1 if _has_own_rows(problem, recipe) else 12)
+        solving = dampings * (rows**3 / 3 + reading * rows * p)
         flops["sample"] = _ROW_RATE * n * g + (2 * rows - n) * n * p + solving
     return flops
 
@@ -580,8 +583,12 @@ def form_of(problem: Problem, recipe: Recipe, linear_solve: str, dampings: int) 
         return Dense(recipe)
     if linear_solve == "cg":
         return MatrixFree(recipe, _preconditioner(problem))
-    own = recipe.rows is None and problem.objective.loss.residual is not None
-    return SampleSpace(recipe, window(problem, recipe), own)
+    return SampleSpace(recipe, window(problem, recipe), _has_own_rows(problem, recipe))
+
+
+def _has_own_rows(problem: Problem, recipe: Recipe) -> bool:
+    """Whether the gradient is a combination of the sample's rows."""
+    return recipe.rows is None and problem.objective.loss.residual is not None
 
 
 def window(problem: Problem, recipe: Recipe) -> int:

@@ -22,6 +22,7 @@ from subsetopt.solve import Progress, Solver, State, Status, Step, advance, eval
 
 PROBE_EXAMPLES, PROBE_SHARE = (1000, 0.1)  # the probe: 1,000 examples, but at most a tenth of the training set
 WARM_UP_EXAMPLES = 320  # tell whether the loss has fallen in the warm-up, where its mini-batches leave doubts
+FORMAT = 2  # of a checkpoint: another one where what is kept means something else
 REPRESENTATIVE = 0.005  # a stage goes on while the probe's loss falls by 0.5 % from check to check
 
 _STAGE = ("examples", "ratio", "status", "steps", "evals", "sample_grads", "loss", "probe_loss", "seconds")
@@ -226,8 +227,8 @@ class _Fit(Resumable):
 
     def description(self, w: Array, warmup_epochs: float) -> dict[str, Any]:
         """What a resumed run must share with the first one."""
-        plan = {"call": "fit_subset", "solver": repr(self.solver), "growth": repr(self.growth), "until": self.until}
-        plan |= {"warmup_epochs": warmup_epochs, "seed": self.seed, "l2": self.problem.l2}
+        plan = {"call": "fit_subset", "format": FORMAT, "solver": repr(self.solver), "growth": repr(self.growth)}
+        plan |= {"until": self.until, "warmup_epochs": warmup_epochs, "seed": self.seed, "l2": self.problem.l2}
         return plan | identity(self.host, w)
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -410,7 +411,7 @@ class _Fit(Resumable):
         else:
             probe = self._probe_loss()
         # A stage that the probe has ended ends where that was best.
-        back = status == Status.REPRESENTATIVE
+        back = status == Status.REPRESENTATIVE and self.best_probe < math.inf
         losses = (self.best_loss, self.best_probe) if back else (self._loss(), probe)
         row = (
             *(int(self.problem.count), float(self.problem.ratio), status.name),

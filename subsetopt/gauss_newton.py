@@ -82,7 +82,7 @@ class GaussNewton:
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
     damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is zero, as for the
-        absolute error: there steps are those of gradient descent. 0: none but for rounding, eps.
+        absolute error: there steps are those of gradient descent. At least eps.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
     length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
@@ -193,7 +193,7 @@ class GaussNewton:
             scale, examples = form.mean_diagonal(problem, state.w, kept, probe)
             scale = jnp.where(scale > 0, scale, state.evaluation.norm)  # no curvature here: a gradient step of length 1
             least = float(jnp.finfo(scale.dtype).eps)  # zero could not be raised where a step is rejected
-            damping = max(self.damping, least) * scale
+            damping = max(self.damping, least) * jnp.where(scale > 0, scale, 1)
             return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=damping))
 
         return problem.driver.cond(memory.damping < 0, first_damping, lambda state: state, state)
@@ -345,5 +345,5 @@ def _back_from_nowhere(w: Array, known: Array, status: Array, origin: Array) -> 
 def _damped(memory: Memory, status: Array) -> tuple[Memory, Array]:
     rejections = memory.rejections + 1
     status = jnp.where(rejections >= _MAX_REJECTIONS, jnp.full_like(status, Status.STALLED), status)
-    damping = memory.damping * _RAISE
+    damping = jnp.maximum(memory.damping, jnp.finfo(memory.damping.dtype).tiny) * _RAISE
     return memory._replace(damping=damping, previous=memory.previous * 0, rejections=rejections), status

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 from jax import lax
 
-from subsetopt.linalg import Factor, add_gram, cholesky, cholesky_solve, inverse_root, symmetric_product
+from subsetopt.linalg import Factor, add_gram, cholesky, cholesky_solve, inverse_root, row_products, symmetric_product
 
 SIZES = [1, 5, 64, 65, 257, 1000]  # a leaf, one more, one more than a panel, and no multiple of either
 ADD_GRAM, CHOLESKY, SOLVE, PRODUCT = (jax.jit(f) for f in (add_gram, cholesky, cholesky_solve, symmetric_product))
@@ -62,6 +62,16 @@ def test_symmetric_product_reads_the_lower_triangle(p: int, dtype: type):
     found = PRODUCT(only_lower(a), v)
     assert found.dtype == dtype
     assert np.all(np.abs(found - whole @ v) <= (p + 2) * np.finfo(dtype).eps * (np.abs(whole) @ np.abs(v)))
+
+
+@every_size
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_products_of_rows_are_below_the_diagonal(p: int, share: float, dtype: type):
+    n, rows = max(1, int(share * p)), np.random.default_rng(p).standard_normal((p, 37)).astype(dtype)
+    found, magnitude = np.tril(jax.jit(row_products, static_argnums=1)(rows, n)), np.abs(rows) @ np.abs(rows[:n]).T
+    assert found.dtype == dtype
+    expected = np.tril(rows.astype(np.float64) @ rows[:n].T)
+    assert np.all(np.abs(found - expected) <= 40 * np.finfo(dtype).eps * magnitude)
 
 
 @every_size

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from problems import Example, least_squares, linear, problems, pseudo_huber
 
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Status, fit_subset
-from subsetopt.curvature import Dense, Recipe, SampleSpace, conjugate_gradient, form_of
+from subsetopt.curvature import Dense, Recipe, SampleSpace, conjugate_gradient, form_flops, form_of, window
 from subsetopt.drivers import Sample
 from subsetopt.losses import resolve
 from subsetopt.problem import Problem, make_problem
@@ -419,16 +419,43 @@ def test_sample_space_averages_as_the_matrix_does(averaging: float):
     recipe = Recipe(rows=9, share=0.0, averaging=averaging, precision="highest", cg_tolerance=1e-9, cg_max_steps=100)
     dense, rows = Dense(recipe), SampleSpace(recipe, 4 if averaging else 1, push_through=False)
     matrix, space = dense.empty(problem, w), rows.empty(problem, w)
-    for number in range(3):
+    for number in range(6):
         key = jax.random.key(number)
         matrix, _ = dense.renewed(problem, w, evaluation.uncertainty, matrix, key)
         space, _ = rows.renewed(problem, w, evaluation.uncertainty, space, key)
     found = np.asarray(space.root[:, None] * space.rows)
+    np.testing.assert_allclose(np.tril(space.gram), np.tril(found @ found.T), rtol=1e-9, atol=1e-12)
     # The matrix gives its first sample the weight of all before it; the rows share it out.
     expected = symmetric(matrix.a)
     assert np.trace(found.T @ found) == pytest.approx(np.trace(expected), rel=0.5 if averaging else 1e-9)
     if not averaging:
         assert relative_error(found.T @ found, expected) < 1e-9
+
+
+def test_rows_that_are_not_finite_do_not_last():
+    problem, w, _ = away_from_start(MLP)
+    recipe = Recipe(rows=9, share=0.0, averaging=0.5, precision="highest", cg_tolerance=1e-9, cg_max_steps=100)
+    form, uncertainty = SampleSpace(recipe, 4, push_through=False), problem.evaluate(w, uncertain=True).uncertainty
+    kept, _ = form.renewed(problem, w, uncertainty, form.empty(problem, w), jax.random.key(0))
+    lost = kept._replace(rows=kept.rows * np.nan, products=kept.products * np.nan)
+    again, _ = form.renewed(problem, w, uncertainty, lost, jax.random.key(0))
+    for found, expected in zip(again, kept, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_form_without_averaging_is_none_to_choose_where_it_is_asked_for():
+    problem, _, _ = away_from_start(MLP)  # of 280 parameters
+    recipe = Recipe(rows=200, share=0.0, averaging=0.5, precision="highest", cg_tolerance=1e-2, cg_max_steps=50)
+    forms = [form_flops(problem, dataclasses.replace(recipe, averaging=a), 2).keys() for a in (0.5, 0.0)]
+    assert forms == [{"dense", "cg"}, {"dense", "sample", "cg"}]
+
+
+@pytest.mark.parametrize(("rows", "share", "samples"), [(9, 0.0, 4), (9, 0.5, 3), (200, 0.0, 1)])
+def test_sample_space_has_no_more_rows_than_parameters_where_several_samples_are_in_it(rows, share, samples):
+    problem, _, _ = away_from_start(MLP)
+    recipe = Recipe(rows=rows, share=share, averaging=0.5, precision="highest", cg_tolerance=1e-2, cg_max_steps=50)
+    assert (problem.examples, problem.parameters) == (150, 280)
+    assert window(problem, recipe) == samples
 
 
 @pytest.mark.parametrize("linear_solve", ["dense", "sample", "cg"])
