@@ -24,6 +24,7 @@ import itertools
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,6 @@ from subsetopt import (
     fit_subset,
     overdetermination_ratio,
 )
-from subsetopt.timing import Stopwatch
 
 SOLVERS = {"gauss_newton": GaussNewton(), "lbfgs": LBFGS()}
 SNAPSHOTS = {"gauss_newton": 1, "lbfgs": 10}  # steps from one to the next
@@ -194,6 +194,20 @@ def trained(problem: Problem, choice: Row) -> Row:
 # --- fits ----------------------------------------------------------------------------------------------------------
 
 
+class Compiling:
+    """Seconds that JAX spends tracing and compiling, which a fit's clock leaves out by itself."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+        self.seconds += duration_secs if event.startswith("/jax/core/compile/") else 0.0
+
+
+COMPILING = Compiling()
+
+
 class Slices:
     """About a tenth of an epoch of first-order training, timed again and again while a fit runs; on a GPU, all of it.
 
@@ -239,10 +253,10 @@ class Watch:
         self.rows: list[Row] = []
         self.last: Row = {}
         self.examples: list[int] = []  # of each step
-        self._own, self._clock = 0.0, Stopwatch()
+        self._own = 0.0
 
     def __call__(self, progress: Progress) -> bool:
-        begun = self._clock.seconds
+        begun = time.perf_counter() - COMPILING.seconds
         self.examples.append(progress.examples)
         cost = {"sample_grads": progress.sample_grads, "seconds": progress.seconds - self._own}
         self.last = {"step": progress.step, "examples": progress.examples} | cost | {"params": progress.params}
@@ -250,7 +264,7 @@ class Watch:
             self.rows.append(self.last)
         if self.slices is not None and progress.step % SLICES_EVERY == 0:
             self.slices.add()
-        self._own += self._clock.seconds - begun
+        self._own += time.perf_counter() - COMPILING.seconds - begun
         return progress.sample_grads > self.most
 
     def snapshots(self) -> list[Row]:

@@ -41,7 +41,6 @@ from experiments.models import CNN, MLP
 from experiments.runs import WHOLE, Arrays, columns, count, fit_whole
 from paper_figures import scaling as figure
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, curvature, linalg
-from subsetopt.problem import Problem
 
 ON_CPU = jax.default_backend() == "cpu"
 CHUNK = 10_000  # examples made at once
@@ -321,10 +320,10 @@ def measure_parameters(model: str, ratio: float, examples: int, rounds: int) -> 
         picked["auto"] = forms[type(curvature.form_of(problem, recipe, "auto", dampings))]
         picked["modelled_flops"] = curvature.form_flops(problem, recipe, dampings)
         picked["parameters"], picked["gradient_flops"] = w.size, curvature.gradient_flops(problem)
-        evaluate(problem, w)  # compiles
-        gradients.append(clocked(evaluate, problem, w)[1] / examples)
+        evaluate = problem.evaluate if ON_CPU else functools.partial(jax.jit(type(problem).evaluate), problem)
+        evaluate(w)  # compiles
+        gradients.append(clocked(evaluate, w)[1] / examples)
 
-    evaluate = Problem.evaluate if ON_CPU else jax.jit(Problem.evaluate)
     gradients: list[float] = []  # seconds of one
     steps: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(rounds):
