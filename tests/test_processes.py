@@ -72,7 +72,6 @@ STOP = """if True:
 
 def start(code: str, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {
-        "JAX_ENABLE_COMPILATION_CACHE": "0",  # which two processes must not write to together
         "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
     }
