@@ -1,6 +1,6 @@
 """How memory and time grow with examples, parameters and devices, each held against a bar.
 
-    python -m experiments.scaling                     everything, an hour on 2 cores
+    python -m experiments.scaling                     everything, more than an hour on 2 cores
     python -m experiments.scaling --only part=memmap  one part
 
 Each point is measured in a process of its own, so that its peak memory is its own; what is interrupted goes on with

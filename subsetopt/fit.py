@@ -257,7 +257,8 @@ class _Fit(Resumable):
     def _warm_up(self, w: Array, mask: Any, epochs: float) -> None:
         pool = self.pool if self.probe is not None else self.order
         after, cost, slopes, doubtful = warm_up(self._here(self.problem.on(pool)), w, mask, epochs, self.seed)
-        self.slopes = self.slopes if self.growth.nested else slopes
+        if not self.growth.nested:
+            self.slopes = slopes
         if doubtful:
             shown = subset_of(pool[:WARM_UP_EXAMPLES], self.problem.dtype)
             cost += 2 * LOSS * len(shown.indices)

@@ -50,14 +50,11 @@ def row_products(rows: Array, n: int) -> Array:
 
     At full precision.
     """
-    return lax.platform_dependent(rows, cpu=partial(_row_products_in_panels, n), default=partial(_row_products, n))
+    in_panels, whole = partial(_row_panel_products, n), lambda rows: _product(rows, rows[:n], 1, 1)
+    return lax.platform_dependent(rows, cpu=in_panels, default=whole)
 
 
-def _row_products(n: int, rows: Array) -> Array:
-    return _product(rows, rows[:n], 1, 1)
-
-
-def _row_products_in_panels(n: int, rows: Array) -> Array:
+def _row_panel_products(n: int, rows: Array) -> Array:
     panels = [_product(rows[start:stop], rows[:stop], 1, 1) for start, stop in _row_panels(n)]
     corner = [jnp.pad(panel, ((0, 0), (0, n - panel.shape[1]))) for panel in panels]
     return jnp.concatenate([*corner, _product(rows[n:], rows[:n], 1, 1)])
