@@ -11,8 +11,10 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Workers share the cores: threads that wait for each other make small factorisations 100 times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Most of the time goes into compiling: without LLVM's optimisations a small fit takes two thirds of it.
+# Most of the time goes into compiling: without LLVM's optimisations a small fit takes two thirds of it, without the
+# newer of XLA's two code generators two thirds again.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import hypothesis
 import jax
@@ -53,11 +55,9 @@ def smoke(tmp_path: Path) -> Callable[[Any], tuple[Callable[..., str], Path]]:
 def run_python() -> Callable[..., str]:
     """Runs Python anew, warnings being errors, with so many CPU devices; what it printed."""
 
-    def run(*args: str | Path, devices: int = 1, cwd: Path = ROOT, timeout: float = 300) -> str:
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
-        }
+    def run(*args: str | Path, devices: int = 1, cwd: Path = ROOT, timeout: float = 300, flags: str = "") -> str:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {flags}"
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
         command = [sys.executable, "-W", "error", *map(str, args)]
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stdout + done.stderr

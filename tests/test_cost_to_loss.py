@@ -81,7 +81,8 @@ def test_a_gpu_prices_the_first_order_runs_of_cpus_at_its_own_seconds(committed:
     assert mine.keys() == {"adam", "sgd", "gauss_newton"}
     assert mine["adam"]["loss"] == theirs["adam"]["loss"]
     assert mine["adam"]["seconds"] == pytest.approx(1.0)
-    assert mine["gauss_newton"]["flops_ratio"] == theirs["gauss_newton"]["flops_ratio"]
+    ratio, theirs_ratio = (found["gauss_newton"]["flops_ratio"]["median"] for found in (mine, theirs))
+    assert ratio == pytest.approx(theirs_ratio, rel=1e-3)  # XLA counts Adam's operations in the program it has made
     cost_to_loss.print_table(record)
     names = {path.name for path in figure.draw([committed, record], tmp_path) if path.suffix == ".png"}
     assert names == {f"cost_to_loss{end}.png" for end in ("", "-gpu", "-digits", "-digits-gpu")}

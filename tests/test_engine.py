@@ -59,7 +59,8 @@ PROGRAM = """if True:
 
 
 def test_one_all_reduce_an_evaluation_and_none_a_block(run_python: Any, request: pytest.FixtureRequest):
-    lines = run_python("-c", PROGRAM, devices=4, cwd=request.path.parent).splitlines()
+    as_users_have_it = "--xla_cpu_use_fusion_emitters=true"
+    lines = run_python("-c", PROGRAM, devices=4, cwd=request.path.parent, flags=as_users_have_it).splitlines()
     *by_blocks, at_once = map(json.loads, lines)
     for everywhere, outside_of_loops, loops in by_blocks:
         assert (everywhere, outside_of_loops) == (1, 1)
