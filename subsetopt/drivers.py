@@ -19,8 +19,9 @@ import numpy as np
 from jax import Array, lax
 
 from subsetopt.devices import Devices, Kernel
-from subsetopt.pages import Pages
+from subsetopt.pages import Pages, trim
 
+_MANY = 1 << 18  # examples of which a number each fills a megabyte
 _AHEAD = 2  # blocks sent and not yet done: one that computes, one that waits; memory stays that of few blocks
 
 
@@ -82,6 +83,13 @@ class Host:
             each = self._keep(each, sample, *made)
         pages.release()
         return devices.finish(sums, each)
+
+    def over_all(self, program: Callable, *arguments: Any) -> Any:
+        """A program on numbers of all examples at once, whose memory does not stay."""
+        made = jax.block_until_ready(program(*arguments))
+        if max(np.size(a) for a in arguments) >= _MANY:
+            trim()
+        return made
 
     def total(self, weights: Any, new: Any, old: Any = None) -> Any:
         """The sum of weights (new - old) over examples, (n,) each; in float64, by pieces."""
@@ -168,6 +176,10 @@ class Compiled:
         sums, each = add(np.int32(0), (mine, each)) if capacity == size else lax.fori_loop(0, blocks, add, (mine, each))
         sums, each = self.devices.total((sums, each))
         return sums, jax.tree.map(lambda e: e[:n], each)
+
+    def over_all(self, program: Callable, *arguments: Any) -> Any:
+        """The program."""
+        return program(*arguments)
 
     def total(self, weights: Any, new: Any, old: Any = None) -> Array:
         """As Host.total, in two rounds: rounding grows with the square root of n, not with n."""

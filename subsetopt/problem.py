@@ -328,7 +328,7 @@ class Problem:
 
     def draw(self, key: Array, score: Any, most: int, n: Any) -> tuple[Any, Sample]:
         """Draw n of at most so many examples of the subset by their score (N,): positions in it, and the sample."""
-        positions, weights = _draw(most, n, key, score, self.weights, self.count)
+        positions, weights = self.driver.over_all(partial(_draw, most), n, key, score, self.weights, self.count)
         return positions, Sample(self.subset[positions], weights, n)
 
     def _reduce(self, kernel: Kernel, static: Any, sums: Any, shared: Any, sample: Sample, extra: Any = (), size=0):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from problems import problems
 
-from subsetopt import LBFGS, GaussNewton, Growth, fit_subset
+from subsetopt import LBFGS, GaussNewton, Growth, drivers, fit_subset
 from subsetopt.curvature import PRECISIONS
 from subsetopt.devices import Devices, cost_analysis
 from subsetopt.problem import Problem, counted, make_problem, placed
@@ -201,6 +202,41 @@ def test_memory_mapped_data_are_like_any_other(tmp_path: Path, solver: Any):
     plain, streamed = fit(solver, driver="host", **options), fit(solver, (mapped, MLP.y), **options)
     np.testing.assert_array_equal(streamed.history["loss"], plain.history["loss"])
     assert streamed.driver == "host"
+
+
+TRIM = """if True:
+    import resource
+    from pathlib import Path
+    from subsetopt import pages
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    arrays = [bytearray(10_000) for _ in range(10_000)]  # 100 MB
+    full, last = resident(), arrays.pop()
+    arrays.clear()
+    freed = resident()  # glibc gives back what lies above the last array alone
+    pages.trim()
+    print(full, freed, resident(), len(last))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+def test_freed_memory_goes_back(run_python: Any):
+    full, freed, trimmed, _ = map(int, run_python("-c", TRIM).split())
+    assert full - freed < 10e6
+    assert full - trimmed > 90e6
+
+
+def test_memory_of_a_draw_goes_back_where_examples_are_many(monkeypatch: pytest.MonkeyPatch):
+    trims = []
+    monkeypatch.setattr(drivers, "trim", lambda: trims.append(1))
+    options = {"growth": Growth(8, 2), "until": 2, "max_steps": 2, "block_size": 16}
+    few, none = fit(GaussNewton(), **options), len(trims)
+    monkeypatch.setattr(drivers, "_MANY", len(MLP.x))
+    many = fit(GaussNewton(), **options)
+    np.testing.assert_array_equal(many.history["loss"], few.history["loss"])
+    assert none == 0 < len(trims)
 
 
 @pytest.mark.parametrize(
