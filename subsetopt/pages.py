@@ -1,7 +1,6 @@
 """Pages of memory that are given back: memory-mapped data's to the file, freed arrays' to the system."""
 
 import ctypes
-import functools
 import mmap
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ import numpy as np
 
 _RELEASE = 64 << 20  # bytes read after which the pages are given back
 _PIECE = 4096  # rows that are looked at together
+# None where the C library has no such function.
+_malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class Pages:
@@ -36,14 +37,8 @@ class Pages:
 
 def trim() -> None:
     """Give freed memory back to the system: glibc keeps what arrays of up to 32 MB leave. Takes 10 to 60 ms."""
-    if (give_back := _malloc_trim()) is not None:
-        give_back(0)
-
-
-@functools.cache
-def _malloc_trim() -> Any:
-    """None where the C library has no such function."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def pieces(values: Any) -> Iterator[tuple[int, np.ndarray]]:

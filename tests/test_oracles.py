@@ -519,7 +519,7 @@ ON_DEVICES = """if True:
         return fit(MLP, solver, 4, **options).history["loss"]
 
     solvers = LBFGS(), *(GaussNewton(linear_solve=form, cg_max_steps=5) for form in ("dense", "sample", "cg"))
-    drivers = [("host", (1, 3)), ("compiled", (2, 4))]
+    drivers = [("host", (1, 2, 3)), ("compiled", (1, 4))]
     print(json.dumps([[losses(s, d, count)[-1] for d, counts in drivers for count in counts] for s in solvers]))
 """
 
