@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from experiments import cost_to_loss, records
+from experiments import cost_to_loss, records, runs
 from experiments.cost_to_loss import Arguments, Job, Row, Setting, Watch
 from experiments.data import load
 from experiments.problems import PROBLEMS
@@ -66,11 +67,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def counted_as_users_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def counted_as_users_do(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Operations are those of a program by the code generator that users have, and the records are of."""
     options: Any = {"xla_cpu_use_fusion_emitters": True}
     compiled = jax.stages.Lowered.compile
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: compiled(lowered, options))
+    runs.gradient_flops.cache_clear()  # what other tests have counted
+    yield
+    runs.gradient_flops.cache_clear()
 
 
 @pytest.mark.usefixtures("on_gpu", "counted_as_users_do")
