@@ -188,6 +188,28 @@ def jaxopt_lbfgs(problem: Problem, meter: Meter) -> None:
     drive(step, start, problem.on_device, meter)
 
 
+def jaxopt_run(problem: Problem, meter: Meter) -> None:
+    """Its own loop, one program: on a CPU a convolution in it is no longer one outside of a loop.
+
+    For that it is here, and takes the steps of a slow solver: once begun it cannot be stopped.
+    """
+    with _quiet():
+        import jaxopt
+
+    class Watched(jaxopt.LBFGS):
+        def update(self, params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+            done = super().update(params, state, *args, **kwargs)
+            row = done.state.iter_num, done.state.num_fun_eval, done.state.value
+            jax.debug.callback(meter.add, *row, ordered=True)
+            return done
+
+    solver = Watched(problem.objective, history_size=MEMORY, maxiter=min(meter.limit, SLOW_STEPS), tol=0)
+    run = jax.jit(solver.run).lower(problem.params, *problem.on_device).compile()
+    meter.begin()
+    jax.block_until_ready(run(problem.params, *problem.on_device))
+    jax.effects_barrier()
+
+
 def optimistix_lbfgs(problem: Problem, meter: Meter) -> None:
     """A rejected point costs a loss alone."""
     import optimistix
@@ -352,6 +374,7 @@ def _quiet() -> Iterator[None]:
 PEERS = {
     "optax": (optax_lbfgs, "optax"),
     "jaxopt": (jaxopt_lbfgs, "jaxopt"),
+    "jaxopt_run": (jaxopt_run, "jaxopt"),
     "optimistix": (optimistix_lbfgs, "optimistix"),
     "levenberg_marquardt": (levenberg_marquardt, "optimistix"),
     "scipy": (scipy_lbfgs, "scipy"),

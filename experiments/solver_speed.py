@@ -234,7 +234,7 @@ class Job(jobs.Job):
         squared = self.setting.loss == "squared_error"
         # Inside a compiled loop XLA:CPU's convolutions are as slow for us as for the peers. On a GPU it is our default.
         quick = name != "cnn" or not ON_CPU
-        fits = {"levenberg_marquardt": squared, "compiled": quick and ON_CPU, "rounds": quick}
+        fits = {"levenberg_marquardt": squared, "compiled": quick and ON_CPU, "rounds": quick, "jaxopt_run": not quick}
         fits |= {"scale": name == "float32", "seeds": name == "float32" and ON_CPU}
         left_out = {part for part, it_fits in fits.items() if not it_fits}
         parts = [part for part in PARTS if part not in left_out and _installed(name, part)]

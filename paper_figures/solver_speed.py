@@ -15,6 +15,7 @@ LINES = {
     "scipy": ("scipy", {"color": style.GREEN}),
     "optax": ("optax", {"color": style.VERMILION}),
     "jaxopt": ("jaxopt", {"color": style.ORANGE}),
+    "jaxopt_run": ("jaxopt, its own loop", {"color": style.ORANGE, "linestyle": "--"}),
     "optimistix": ("optimistix", {"color": style.GREY}),
     "levenberg_marquardt": ("optimistix, Levenberg-Marquardt", {"color": style.GREY, "linestyle": "--"}),
     "gauss_newton": ("subsetopt, Gauss-Newton", {"color": style.BLUE, "linestyle": "--", "linewidth": 1.6}),

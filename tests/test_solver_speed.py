@@ -91,7 +91,7 @@ def test_only_names_the_parts_there_are(smoke):
         run("--only", "solver=adam")
 
 
-@pytest.mark.parametrize("solver", ["optax", "jaxopt"])
+@pytest.mark.parametrize("solver", ["optax", "jaxopt", "jaxopt_run"])
 def test_peers_count_the_evaluations_that_they_make(solver: str, monkeypatch: pytest.MonkeyPatch):
     """Their own counters, which the race believes, against calls from inside the loss."""
     calls, objective = [], Problem.objective
@@ -106,6 +106,7 @@ def test_peers_count_the_evaluations_that_they_make(solver: str, monkeypatch: py
         peers.PEERS[solver][0](Problem(SETTINGS["regression"], 0), meter)
     jax.effects_barrier()
     assert meter.rows[-1]["evaluations"] == len(calls)
+    assert [row["step"] for row in meter.rows] == list(range(1, 21))
 
 
 def test_overhead_is_measured_on_more_examples_too():
