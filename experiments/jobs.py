@@ -6,7 +6,6 @@ within it.
 
 import abc
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -77,6 +76,10 @@ class Job(abc.ABC):
         """Where a finished part is kept."""
         return self.folder / f"{part}.json"
 
+    def _runs(self, part: str) -> list[Path]:
+        """The runs of a part that are kept each."""
+        return sorted((self.folder / part).glob("*.json"))
+
     def done(self, part: str) -> bool:
         """Whether a part needs no run."""
         return self.record_path.exists() or self.path(part).exists()
@@ -88,7 +91,7 @@ class Job(abc.ABC):
     def show(self) -> None:
         """Print the state of every part."""
         for part in self.parts:
-            runs = len(list((self.folder / part).glob("*.json")))
+            runs = len(self._runs(part))
             kept = f", {runs} runs kept" if runs else ""
             state = "done" if self.done(part) else "to do"
             print(f"{self.labels[0]}={self.name} {self.labels[1]}={part}: {state}{kept}")
@@ -114,13 +117,15 @@ class Job(abc.ABC):
         if not path.exists():
             print(f"{self.name}: {part}, {run}", flush=True)
             records.keep(measure(*arguments), path)
-        return json.loads(path.read_text())
+        return records.kept(path)
 
     def record(self) -> dict[str, Any]:
         """The record, put together from its parts the first time."""
         if not self.record_path.exists():
-            parts = {part: json.loads(self.path(part).read_text()) for part in self.parts}
-            records.write(records.new(self.experiment, self.name, *self.contents(parts)), self.arguments.results)
+            parts = {part: records.kept(self.path(part)) for part in self.parts}
+            made_of = [path for part in self.parts for path in (self.path(part), *self._runs(part))]
+            record = records.new(self.experiment, self.name, *self.contents(parts), made_of)
+            records.write(record, self.arguments.results)
         print(f"record: {self.record_path}")
         return records.read(self.record_path)
 

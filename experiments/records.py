@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,13 @@ SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 
 
-def new(experiment: str, name: str, config: Mapping, curves: Mapping, final: Mapping) -> dict:
-    parts = {"config": config, "environment": environment(), "curves": curves, "final": final}
-    return {"schema": SCHEMA, "experiment": experiment, "name": name} | parts
+def new(
+    experiment: str, name: str, config: Mapping, curves: Mapping, final: Mapping, parts: Sequence[Path] = ()
+) -> dict:
+    """A record, of what was kept in these files, or of now."""
+    found = _common([_kept(path)["environment"] for path in parts] or [environment()])
+    contents = {"config": config, "environment": found, "curves": curves, "final": final}
+    return {"schema": SCHEMA, "experiment": experiment, "name": name} | contents
 
 
 def write(record: dict, results: Path = RESULTS) -> Path:
@@ -36,9 +40,14 @@ def write(record: dict, results: Path = RESULTS) -> Path:
     return _replace(path, _dumps(record))
 
 
-def keep(value: Any, path: Path) -> Path:
+def keep(result: Any, path: Path) -> Path:
     """Write a finished part of a record, whole or not at all, for the run that goes on with the others."""
-    return _replace(path, json.dumps(value))
+    return _replace(path, json.dumps({"environment": environment(), "result": result}))
+
+
+def kept(path: Path) -> Any:
+    """The result of a finished part; ValueError: it was kept in another form."""
+    return _kept(path)["result"]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -77,6 +86,19 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "precision": "float64" if jax.config.read("jax_enable_x64") else "float32",
     }
+
+
+def _common(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What they have in common; a list of all that there is where they differ, as after a commit between two parts."""
+    found = {key: list(dict.fromkeys(each[key] for each in environments)) for key in environments[0]}
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.keys() != {"environment", "result"}:
+        raise ValueError(f"{path} was kept by another version of this code: give --again, or remove it.")
+    return content
 
 
 def _git() -> dict[str, Any]:

@@ -573,12 +573,12 @@ class Job:
         if self.record_path.exists():
             print(f"{self.name}: has a result already (--again runs it anew)")
         else:
-            environment = records.environment()  # first: the commit is that of the code that runs
-            assert environment
+            records.environment()  # reads the commit now: when a point is kept there may be another one
             rows = [row for point in self.points for row in self._rows(point)]
             curves = {name: series(rows, name) for name in dict.fromkeys(row["series"] for row in rows)}
             config = {"part": self.plain_name, "points": self.points}
-            record = records.new("scaling", self.name, config, curves, {"bars": self.part.bars(rows)})
+            final, kept = {"bars": self.part.bars(rows)}, list(map(self.path, self.points))
+            record = records.new("scaling", self.name, config, curves, final, kept)
             records.write(record, self.arguments.results)
         print(f"record: {self.record_path}")
         return records.read(self.record_path)
@@ -588,7 +588,7 @@ class Job:
         if not path.exists():
             print(f"{self.name}: {path.stem}", flush=True)
             records.keep(in_own_process({"part": self.plain_name} | point), path)
-        return json.loads(path.read_text())
+        return records.kept(path)
 
 
 def in_own_process(point: Point) -> list[Row]:

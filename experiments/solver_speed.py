@@ -13,7 +13,6 @@ installed are left out (torch is in no extra: `pip install torch`). How they are
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import operator
 import statistics
@@ -32,7 +31,7 @@ from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from rich.table import Table
 
-from experiments import jobs
+from experiments import jobs, records
 from experiments.models import FAMILY, MLP
 from experiments.peers import MEMORY, PEERS, SLOW, SLOW_STEPS, Meter, Problem, Setting
 from experiments.runs import Price, columns, count, gradient_flops
@@ -293,7 +292,7 @@ class Job(jobs.Job):
     def _block_size(self) -> int:
         if not self.path("blocks").exists():
             self.run("blocks")
-        return json.loads(self.path("blocks").read_text())["block_size"]
+        return records.kept(self.path("blocks"))["block_size"]
 
     # --- the record ------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """Cost to a loss on a tiny problem: it runs, resumes, tunes and interpolates; and its figure."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -170,8 +169,7 @@ def test_run_that_diverges_has_no_loss(rate: float, tmp_path: Path):
     assert row["full_loss"] is None
     assert row["test_accuracy"] is None
     assert row["sample_grads"] == 300
-    records.keep(row, tmp_path / "row.json")
-    assert json.loads((tmp_path / "row.json").read_text()) == row
+    assert records.kept(records.keep(row, tmp_path / "row.json")) == row
 
 
 def test_inputs_are_standardised_over_the_training_examples():

@@ -128,6 +128,25 @@ def test_environment_tells_versions_and_device_but_no_machine(record: dict):
     assert list(found) == keys.split()
 
 
+def test_record_has_the_environments_of_its_parts(monkeypatch: Patch, tmp_path: Path):
+    monkeypatch.setattr(records, "environment", lambda: {"git_commit": "a", "cores": 2})
+    early = records.keep([1.0], tmp_path / "early.json")
+    monkeypatch.setattr(records, "environment", lambda: {"git_commit": "b", "cores": 2})
+    late = records.keep([2.0], tmp_path / "late.json")
+    assert records.kept(early) == [1.0]
+    assert records.new("demo", "digits", {}, {}, {}, [early])["environment"] == {"git_commit": "a", "cores": 2}
+    both = records.new("demo", "digits", {}, {}, {}, [early, late, early])
+    assert both["environment"] == {"git_commit": ["a", "b"], "cores": 2}
+
+
+@pytest.mark.parametrize("content", [[1.0], {"loss": 1.0}])
+def test_part_kept_in_another_form_is_refused(content: object, tmp_path: Path):
+    path = tmp_path / "part.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"part\.json was kept by another version of this code: give --again"):
+        records.kept(path)
+
+
 def test_missing_git_leaves_the_commit_open(monkeypatch: Patch):
     def missing(*_: object, **__: object):
         raise FileNotFoundError("git")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def test_last_losses_are_those_of_every_lbfgs_from_every_start(smoke):
     run, folder = smoke(solver_speed)
     run("--only", "problem=float32,solver=seeds")
     (path,) = (folder / "out").rglob("seeds.json")
-    losses = json.loads(path.read_text())
+    losses = records.kept(path)
     assert losses.keys() >= {"subsetopt", "compiled", "optax", "jaxopt", "optimistix", "scipy"}
     assert losses["subsetopt"] == pytest.approx(losses["compiled"], rel=1e-3)
     assert losses["scipy"] == pytest.approx(losses["subsetopt"], rel=0.2)
