@@ -28,7 +28,7 @@ class Options:
     list: bool = False
     """Say which parts have a result, and run nothing."""
     again: bool = False
-    """Run anew what has a result already."""
+    """Run anew what has a result already; what was interrupted goes on without it."""
     smoke: bool = False
     """A few examples and steps, to see that it runs."""
 

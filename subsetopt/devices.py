@@ -96,10 +96,20 @@ class Devices:
                     raise
                 raise RuntimeError(_LOST.format(self.process)) from error
 
+    def fresh(self, tree: Any) -> Any:
+        """The tree on the first device of this process, wherever it is, for all that follows in `context`.
+
+        One device alone is the default there, to which nothing is committed: for what comes with a committed array
+        JAX compiles once more.
+        """
+        if self.count > 1:
+            return jax.device_put(tree, self.local[0])
+        return jax.tree.map(lambda a: _with_values(a, jnp.asarray), tree)
+
     def replicate(self, tree: Any) -> Any:
         """The tree on every device of every process, each of which holds the same values; what is there stays."""
         if self.count == 1:
-            return jax.device_put(tree, self.local[0])
+            return jax.device_put(tree)
         everywhere = NamedSharding(Mesh(np.array(self.all), (AXIS,)), PartitionSpec())
         if len(self.local) == self.count:
             return jax.device_put(tree, everywhere)
@@ -210,10 +220,14 @@ def cost_analysis(function: Callable, *arguments: Any) -> dict[str, float]:
 def _from_every_process(sharding: NamedSharding, a: Any) -> Array:
     if isinstance(a, Array) and a.sharding == sharding:
         return a
+    return _with_values(a, lambda values: jax.make_array_from_callback(values.shape, sharding, values.__getitem__))
+
+
+def _with_values(a: Any, place: Callable[[np.ndarray], Array]) -> Array:
+    """The array that `place` makes of its values; random keys have some, too."""
     is_key = isinstance(a, Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-    values = np.asarray(jax.random.key_data(a) if is_key else a)
-    placed = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
-    return jax.random.wrap_key_data(placed) if is_key else placed
+    placed = place(np.asarray(jax.random.key_data(a) if is_key else a))
+    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(a)) if is_key else placed
 
 
 @functools.lru_cache(maxsize=256)

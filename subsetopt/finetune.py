@@ -23,6 +23,7 @@ from subsetopt.progress import Bar
 from subsetopt.solve import Progress, Status
 
 WARM_UP_BATCH = 32  # measured, at fixed rates: twice as far in an epoch as batches of 128
+_SHOWN_SCALES = 1e-3, 1.0, 1e3, 1.0  # of gradients by whose updates an optimizer is known again
 _TELLING_STEPS = 20  # of fewer a tenth is one batch
 _STEPS_OF_PAGES = 32  # after which mapped pages go back: an example of a random place maps 64 kB, however small it is
 
@@ -225,9 +226,12 @@ class _Run(Resumable):
         return {"validation": validation, "lengths of the first updates": optimizer} | identity(self.problem, w)
 
     def result(self) -> FinetuneResult:
-        seconds, compile_seconds = self.watch.seconds, self.watch.compile_seconds
-        loss = _mean_loss(self.problem, _flatten(self.problem, self.best))
-        validation = None if self.held_out is None else self.best_loss
+        seconds, compile_seconds, loss = self.watch.seconds, self.watch.compile_seconds, math.nan
+        try:
+            loss = _mean_loss(self.problem, _flatten(self.problem, self.best))
+        except KeyboardInterrupt:  # nothing is lost but this
+            self.status = Status.STOPPED
+        validation = self.best_loss if self.best_epoch else None  # interrupted before it was measured
         totals = (self.steps, self.epoch, self.cost, seconds, compile_seconds)
         return FinetuneResult(self.best, loss, validation, self.status, *totals, self.history)
 
@@ -306,11 +310,15 @@ def _step(static: tuple[Objective, Any], shared: tuple[Any, Any], at: tuple[Para
 
 @functools.partial(jax.jit, static_argnums=0)
 def _first_lengths(optimizer: optax.GradientTransformation, params: Params, opt_state: Any) -> Array:
-    """Of two updates for gradients of ones: by them another optimizer, or the same at another rate, is told."""
-    ones, lengths = jax.tree.map(jnp.ones_like, params), []
+    """Of updates for random gradients of several scales: by them another optimizer, or another setting, is told.
+
+    But for a schedule that differs only later. Large parameters show a small decay of weights.
+    """
+    large, lengths = jax.tree.map(lambda p: jnp.full_like(p, 1e3), params), []
     with jax.numpy_dtype_promotion("standard"):
-        for _ in range(2):
-            updates, opt_state = optimizer.update(ones, opt_state, params)
+        for i, scale in enumerate(_SHOWN_SCALES):
+            gradients = optax.tree.random_like(jax.random.key(i), params)
+            updates, opt_state = optimizer.update(optax.tree.scale(scale, gradients), opt_state, large)
             lengths.append(optax.tree.norm(updates))
     return jnp.stack(lengths)
 

@@ -361,7 +361,7 @@ class _Fit(Resumable):
         loss = self.history["probe_loss"][-1]
         if loss < self.best_probe:
             self.best_probe, self.best_loss, self.best_w = loss, self._loss(), self.state.w
-        told = not loss < self.last_check * (1 - REPRESENTATIVE)
+        told = not loss + REPRESENTATIVE * abs(loss) < self.last_check
         self.last_check = loss
         if told:
             same = np.array_equal(self._here(self.best_w), self._here(self.state.w))
@@ -438,8 +438,12 @@ class _Fit(Resumable):
 
     def result(self) -> FitResult:
         """The result at the current point, whose loss on the last subset is evaluated if it is not known."""
-        subset = self.host.using(self.problem.whole())
-        self.state: State = evaluated(subset, self._here(self.state))
+        loss = norm = math.nan
+        try:
+            self._arrive()
+            loss, norm = self._loss(), float(self.state.evaluation.norm)
+        except KeyboardInterrupt:  # nothing is lost but these
+            self.status = Status.STOPPED
         message = self.status.message
         if self.diverged:
             message += " The warm-up raised the loss: the first step started from the parameters before it."
@@ -449,10 +453,19 @@ class _Fit(Resumable):
                 "not unique and says little about unseen data; use more data or fewer parameters."
             )
         return FitResult(
-            *(self._params(self.state.w), self._loss(), float(self.state.evaluation.norm), self.status, message),
+            *(self._params(self.state.w), loss, norm, self.status, message),
             *(self.n_steps, int(self.state.evals), self._cost(), self.watch.seconds, self.watch.compile_seconds),
             *(self.order, self.stages, self.history, self.problem.driver.name, self._precision()),
         )
+
+    def _arrive(self) -> None:
+        """Look at where the last step on a fresh subset went; where nothing is finite there, the solver goes back."""
+        subset = self.host.using(self.problem.whole())
+        unknown, state = not self.state.known, self._here(self.state)
+        self.state: State = evaluated(subset, state)
+        if unknown and int(self.state.status) == Status.NONFINITE:
+            self.status = Status.NONFINITE
+            self.state = evaluated(subset, self.solver.step(subset, self.state))
 
     def _precision(self) -> dict[str, str]:
         curvature = getattr(self.solver, "curvature_precision", "highest")

@@ -81,15 +81,15 @@ class GaussNewton:
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
-    damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is zero, as for the
-        absolute error: there steps are those of gradient descent. At least eps.
+    damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is next to nothing,
+        as for the absolute error: there steps are those of gradient descent. At least eps.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
     length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
         the minimum where loss and curvature fall together; where no candidate lowers the loss, it is shortened until it
         does. From a fifth to five times as long; 1: as it is.
     trial_examples: examples on which candidates are compared; the whole subset where that is at most twice as large.
-        None: one for 20 parameters, at least 100.
+        None: one for 20 parameters, at least 100; the whole subset for the classical method, unless it is fresh.
     linear_solve: "dense" (Cholesky of A, P x P), "sample" (Cholesky in the space of the rows), "cg" (matrix-free), or
         "auto", the cheapest one by the cost model of `curvature.form_flops`.
     cg_tolerance, cg_max_steps: relative residual at which CG ends, and its cap (the best iterate is kept). A solve
@@ -152,10 +152,9 @@ class GaussNewton:
         known = _of_this_subset(state.known, memory.current, memory.damping, memory.rejections)
         state = state.replace(memory=memory._replace(**known))
         state = evaluated(problem, state, uncertain=True)
-        if problem.fresh:  # the only way to a point that was not evaluated before it was accepted
-            w, known = _back_from_nowhere(state.w, state.known, state.status, state.memory.origin)
-            state = state.replace(w=w, known=known)
-        state, runs = ended(problem, state, self._tolerance(problem.dtype))
+        # On a fresh subset a step is accepted before it is evaluated: the last one of them where this is the whole set.
+        w, known = _back_from_nowhere(state.w, state.known, state.status, state.memory.origin)
+        state, runs = ended(problem, state.replace(w=w, known=known), self._tolerance(problem.dtype))
         return problem.driver.cond(runs, partial(self._advance, problem), lambda state: state, state)
 
     def _advance(self, problem: Problem, state: State) -> State:
@@ -191,7 +190,9 @@ class GaussNewton:
 
         def first_damping(state: State) -> State:
             scale, examples = form.mean_diagonal(problem, state.w, kept, probe)
-            scale = jnp.where(scale > 0, scale, state.evaluation.norm)  # no curvature here: a gradient step of length 1
+            # Hardly any curvature, too little for all rejections to make up: a gradient step of length 1.
+            enough = scale > _RAISE**-_MAX_REJECTIONS * state.evaluation.norm
+            scale = jnp.where(enough, scale, state.evaluation.norm)
             least = float(jnp.finfo(scale.dtype).eps)  # zero could not be raised where a step is rejected
             damping = max(self.damping, least) * jnp.where(scale > 0, scale, 1)
             return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=damping))
@@ -271,8 +272,7 @@ class GaussNewton:
 
     def _trial_sample(self, problem: Problem, state: State, key: Array) -> tuple[Any, Sample]:
         """Positions in the subset, and the sample: of the whole subset where that is at most twice as large."""
-        trial = self.trial_examples or max(_LEAST_TRIAL, problem.parameters // _PARAMETERS_PER_TRIAL)
-        size = min(2 * trial, problem.examples)
+        size = min(2 * self._trial(problem), problem.examples)
 
         def whole() -> tuple[Any, Sample]:
             positions = jnp.arange(size, dtype=np.int32)
@@ -280,12 +280,24 @@ class GaussNewton:
             return positions, Sample(indices, weights, jnp.asarray(problem.count))
 
         def drawn() -> tuple[Any, Sample]:
-            n = min(trial, size)
+            n = min(self._trial(problem), size)
             positions, sample = problem.draw(key, self._score(state.evaluation), n, np.int32(n))
             indices, weights = (jnp.pad(jnp.asarray(a), (0, size - n)) for a in sample[:2])
             return jnp.pad(positions, (0, size - n)), Sample(indices, weights, jnp.asarray(sample.count))
 
         return problem.driver.cond(problem.count <= size, whole, drawn)
+
+    def _trial(self, problem: Problem) -> int:
+        """Examples in it.
+
+        All of them for the classical method, whose rows cost more: near a minimum a sample's loss may rise where the
+        subset's falls.
+        """
+        if self.trial_examples is not None:
+            return self.trial_examples
+        if self.curvature_ratio is None and not problem.fresh:
+            return problem.examples
+        return max(_LEAST_TRIAL, problem.parameters // _PARAMETERS_PER_TRIAL)
 
     # --- acceptance ------------------------------------------------------------------------------------------------
 
@@ -302,6 +314,7 @@ class GaussNewton:
         difference = problem.difference(w, state.w, after.losses, before.losses, problem.weights)
         # A decrease that the loss cannot hold is none: without this, rounding would be accepted for ever.
         lower = difference < -_ROUNDING * float(jnp.finfo(problem.dtype).eps) * jnp.abs(before.value)
+        lower &= jnp.isfinite(after.norm)  # from a point without a gradient no step goes on
 
         def accepted(state: State) -> State:
             return moved(state, w, after).replace(memory=memory)

@@ -101,9 +101,11 @@ def _quasi_newton(pairs: Pairs, grad: Array) -> Array:
 
 def _h0(pairs: Pairs, v: Array) -> Array:
     """C^-1/2 v, scaled so that y.h0 y = s.y for the last pair, as in (7.20); zeros without pairs."""
-    y = pairs.y[(pairs.met - 1) % len(pairs.y)]
+    sy = pairs.r[-1, -1]
+    unit = jnp.ldexp(jnp.ones_like(sy), -jnp.frexp(sy)[1] // 2)  # near (s.y)^-1/2, exact: no square underflows
+    y = unit * pairs.y[(pairs.met - 1) % len(pairs.y)]
     v, h0y = pairs.curvature.times(v), pairs.curvature.times(y)
-    return jnp.where(pairs.met > 0, pairs.r[-1, -1] / jnp.vdot(y, h0y), 0) * v
+    return jnp.where(pairs.met > 0, unit * sy * unit / jnp.vdot(y, h0y), 0) * v
 
 
 @jax.jit

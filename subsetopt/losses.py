@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -62,7 +63,8 @@ def _softmax_uncertainty(f: Array, y: Array) -> Array:
 
 def _softmax_residual(f: Array, y: Array) -> Array:
     """(p - y) / sqrt p; sqrt p of a class that the model rules out is kept at 1e-13."""
-    target = jax.nn.one_hot(y, f.shape[-1], dtype=f.dtype) if y.ndim == 1 else y
+    # Not in the labels' own dtype: eight bits would count classes from 256 on as 0, 1, ...
+    target = jax.nn.one_hot(y.astype(np.int32), f.shape[-1], dtype=f.dtype) if y.ndim == 1 else y
     half = jnp.maximum(jax.nn.log_softmax(f) / 2, -30)
     return jnp.exp(half) - target * jnp.exp(-half)
 

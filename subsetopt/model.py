@@ -31,6 +31,12 @@ class _Linen:
     def __call__(self, params: Params, state: Any, x: Array) -> Array:
         return self.module.apply({"params": params}, x)
 
+    def __eq__(self, other: object) -> bool:
+        try:
+            return isinstance(other, _Linen) and bool(self.module == other.module)
+        except ValueError:  # modules with arrays in them, which do not compare
+            return False
+
     def __hash__(self) -> int:
         try:
             return hash(self.module)
@@ -44,7 +50,8 @@ class _Nnx:
 
     def __call__(self, params: Params, state: Any, x: Array) -> Array:
         nnx = sys.modules["flax.nnx"]
-        return nnx.merge(self.graphdef, params, state)(x)
+        own = jax.tree.map(lambda a: a, state)  # variables of this trace: a call may write to them, which is dropped
+        return nnx.merge(self.graphdef, params, own)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +130,9 @@ def _adapt(model: Any, params: Params | None, x: Any, seed: int) -> tuple[Callab
         twin = nnx.clone(model)
         twin.eval()  # dropout off, statistics frozen: the loss must be deterministic
         graphdef, own, state = nnx.split(twin, nnx.Param, ...)
+        checks.hashable(
+            "model", graphdef, "keep in its attributes what is neither array nor module as tuples, not as dicts"
+        )
         if params is None:
             return _Nnx(graphdef), own, state
         checks.same_tree(params, own, "nnx.state(model, nnx.Param)")

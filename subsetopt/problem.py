@@ -420,18 +420,19 @@ def make_problem(
     checks.real_number("l2", l2, 0)
     if block_size is not None:
         checks.whole_number("block_size", block_size, 1)
-    own_model, w, constants = prepare(model, params, x, seed, trainable)
-    checks.x_dtype(x, w.dtype)
     own = choose(devices)
-    w, constants = jax.device_put((w, constants), own.local[0])  # params may be committed to another one
-    objective = Objective(own_model, resolve(loss))
-    outputs = _checked_outputs(objective, loss, w, constants, x, y)
-    size = own.even(min(block_size or _default_block(own, objective, w, constants, x, y), len(x)))
-    x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
-    subset, weights, count = subset_of(np.arange(len(x), dtype=np.int32), np.dtype(w.dtype))
-    static = (objective, Host(own), size, w.size, outputs, np.dtype(w.dtype))
-    problem = Problem(*static, constants, x, y, subset, weights, count, seed=int(seed), l2=float(l2))
-    _check_deterministic(problem, w)
+    with own.context():
+        own_model, w, constants = prepare(model, params, x, seed, trainable)
+        checks.x_dtype(x, w.dtype)
+        w, constants = own.fresh((w, constants))  # params may be committed to another one
+        objective = Objective(own_model, resolve(loss))
+        outputs = _checked_outputs(objective, loss, w, constants, x, y)
+        size = own.even(min(block_size or _default_block(own, objective, w, constants, x, y), len(x)))
+        x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
+        subset, weights, count = subset_of(np.arange(len(x), dtype=np.int32), np.dtype(w.dtype))
+        static = (objective, Host(own), size, w.size, outputs, np.dtype(w.dtype))
+        problem = Problem(*static, constants, x, y, subset, weights, count, seed=int(seed), l2=float(l2))
+        _check_deterministic(problem, w)
     return problem, w
 
 

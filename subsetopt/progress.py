@@ -13,7 +13,8 @@ class Bar:
 
     def __init__(self, title: str, total: int, show: bool):
         self.title, self.total, self.show, self.done = title, total, show, 0
-        self.begun = self.spoken = time.perf_counter()
+        self.spoken = time.perf_counter()
+        self._first: tuple[int, float] | None = None  # what was done before it, compiling or another run, says nothing
         self._rich: Any = None
 
     def __enter__(self) -> "Bar":
@@ -30,16 +31,22 @@ class Bar:
 
     def update(self, done: int, text: str) -> None:
         """`done` of the total steps are finished; `text` says how it stands."""
+        if self._first is None:
+            self._first = done, time.perf_counter()
+            if self._rich is not None:
+                self._rich.reset(self._task, completed=done, text=text)
         if self._rich is not None:
             self._rich.update(self._task, completed=done, text=text)
         elif self.show and time.perf_counter() - self.spoken > _SECONDS_BETWEEN_LINES:
             self._say(done, text)
 
     def _say(self, done: int, text: str) -> None:
-        self.spoken = time.perf_counter()
-        rate = done / (self.spoken - self.begun)
-        left = f", at most {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
-        print(f"{self.title}: {done}/{self.total} {text} ({rate:.2g} a second{left})", file=sys.stderr, flush=True)
+        self.spoken, (first, begun) = time.perf_counter(), self._first or (0, 0.0)
+        pace = ""
+        if done > first:
+            rate = (done - first) / (self.spoken - begun)
+            pace = f" ({rate:.2g} a second, about {(self.total - done) / rate:.0f} s left)"
+        print(f"{self.title}: {done}/{self.total} {text}{pace}", file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if self._rich is not None:

@@ -44,7 +44,7 @@ _MESSAGES = {
     Status.TARGET_REACHED: "The target loss is reached.",
     Status.MAX_STEPS: "All steps are used; the loss may still fall: raise max_steps to go on.",
     Status.STALLED: "No step improves the loss at this floating-point precision.",
-    Status.NONFINITE: "The loss or its gradient is not finite; the last finite parameters are kept.",
+    Status.NONFINITE: "The loss or its gradient is not finite; kept are parameters at which a subset's loss was.",
     Status.STOPPED: "Stopped by the callback or the keyboard; the best parameters so far are kept.",
 }
 

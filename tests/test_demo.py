@@ -28,11 +28,15 @@ def test_demo_runs_part_by_part_to_a_record_a_table_and_figures(smoke):
 def test_bar_writes_plain_lines_to_a_log(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with progress.Bar("fit", 4, show=True) as bar:
-        bar.update(1, "loss 2")
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    with progress.Bar("fit", 44, show=True) as bar:
+        clock[0] = 50  # of compiling; 39 steps are those of another run
+        bar.update(40, "loss 3")
+        clock[0] = 52
+        bar.update(41, "loss 2")
     written = sys.stderr.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert written.startswith("fit: 1/4 loss 2 (")
-    assert "s left" in written
+    assert written.splitlines() == ["fit: 40/44 loss 3", "fit: 41/44 loss 2 (0.5 a second, about 6 s left)"]
 
 
 def test_bar_is_silent_where_it_is_off(capfd: pytest.CaptureFixture):

@@ -1,5 +1,6 @@
 """finetune as a user meets it: optimizers, early stopping, masks, resuming."""
 
+import sys
 from typing import Any
 
 import jax
@@ -147,6 +148,22 @@ def test_keyboard_interrupt_keeps_the_finished_epochs(data, params, driver):  # 
     assert (result.status, result.epochs) == (Status.STOPPED, 2)
 
 
+def test_ctrl_c_while_the_last_loss_is_measured_loses_that_alone(data, params, monkeypatch):  # noqa: F811
+    module, whole = sys.modules["subsetopt.finetune"], finetune(Net(), data, params, epochs=2, **QUIET)
+
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_mean_loss", pressed)
+    result = finetune(Net(), data, params, epochs=2, **QUIET)
+    assert (result.status, result.epochs) == (Status.STOPPED, 2)
+    assert np.isnan(result.loss)
+    assert_same_params(whole.params, result.params, rtol=0)
+    # Before a first epoch was validated, nothing is known of it.
+    first = finetune(Net(), data, params, epochs=2, validation=data, **QUIET)
+    assert (first.status, first.epochs, first.validation_loss) == (Status.STOPPED, 0, None)
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_diverging_run_keeps_the_last_finite_parameters(data, params, driver):  # noqa: F811
     result = finetune(Net(), data, params, optimizer=optax.sgd(3e38), epochs=5, driver=driver, **QUIET)
@@ -184,8 +201,11 @@ def test_diverged_run_is_read_back_as_it_is(tmp_path, data, params):  # noqa: F8
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"optimizer": optax.sgd(1e-2)}, "arrays"),
+        ({"optimizer": optax.sgd(1e-2)}, "lengths of the first updates"),
         ({"optimizer": optax.adam(1e-3)}, "lengths of the first updates"),
+        ({"optimizer": optax.adam(1e-2, b1=0.5)}, "lengths of the first updates"),
+        ({"optimizer": optax.adam(1e-2, eps=1e-4)}, "lengths of the first updates"),
+        ({"optimizer": optax.adamw(1e-2)}, "lengths of the first updates"),
         ({"optimizer": optax.chain(optax.adam(1e-2), optax.trace(0.0))}, "arrays"),
         ({"validation": True}, "validation"),
         ({"batch_size": 32}, "batch_size = 32, found 128"),

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, fit, fit_subset
+from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, finetune, fit, fit_subset
 from subsetopt.checkpoint import Checkpoint
 from subsetopt.finetune import warm_up
 from subsetopt.timing import compiled_programs
@@ -126,14 +126,55 @@ def test_fresh_subset_whose_loss_is_not_finite_gives_the_parameters_before():
     def explode(outputs, y):
         return jnp.exp(jnp.minimum(outputs[:, 0], 1e3) - 3 * y[:, 0]) - outputs[:, 0]
 
-    params = {"w": np.zeros((1, 1), np.float32)}
-    options = {"loss": explode, "growth": Growth(20, stop=20, nested=False), "max_steps": 30} | QUIET
-    solver = GaussNewton(trial_examples=1)
-    result = fit_subset(lambda p, x: x @ p["w"], (x, np.ones_like(x)), params, solver=solver, **options)
+    def fit(max_steps):
+        options = {"loss": explode, "growth": Growth(20, stop=20, nested=False), "max_steps": max_steps} | QUIET
+        start, solver = np.zeros((1, 1), np.float32), GaussNewton(trial_examples=1)
+        return fit_subset(product, (x, np.ones_like(x)), start, solver=solver, **options)
+
+    result = fit(30)
     assert result.status == Status.NONFINITE
     assert not np.isfinite(result.history["loss"][-1])
     assert np.isfinite(result.loss)
-    assert np.isfinite(leaves(result.params)[0]).all()
+    assert np.isfinite(result.params).all()
+    # Nor is it the end where the steps end before it has been looked at.
+    early = fit(result.n_steps - 1)
+    assert early.status == Status.NONFINITE
+    assert np.isfinite(early.history["loss"]).all()
+    np.testing.assert_array_equal(early.params, result.params)
+
+
+def test_whole_set_on_which_the_last_fresh_step_is_not_finite_gives_the_parameters_before():
+    """Of the fresh subsets of a quarter none holds the one example whose loss overflows, nor does a trial."""
+    x = np.linspace(1, 2, 2000, dtype=np.float32)[:, None]
+    x[1000] = 1000
+
+    def explode(outputs, y):
+        return jnp.exp(jnp.minimum(outputs[:, 0], 1e3) - 3 * y[:, 0]) - outputs[:, 0]
+
+    options: dict[str, Any] = {"loss": explode, "growth": Growth(500, 4, nested=False), "max_steps": 30}
+    options |= QUIET | {"warmup_epochs": 0}
+    result = fit_subset(product, (x, np.ones_like(x)), np.zeros((1, 1), np.float32), **options)
+    assert result.status == Status.NONFINITE
+    assert not np.isfinite(result.history["loss"][-1])
+    assert result.loss == pytest.approx(np.exp(-3))
+    np.testing.assert_array_equal(result.params, 0)
+
+
+def test_step_to_a_point_without_a_gradient_is_not_taken():
+    """The root's slope is infinite at zero, where the loss itself is finite."""
+    x = np.linspace(0.5, 1.5, 60, dtype=np.float32)[:, None]
+
+    def apply(w, x):
+        return jnp.sqrt(jnp.maximum(x @ w - 0.1, 0))
+
+    options: dict[str, Any] = {"loss": "squared_error", "growth": Growth(1e9), "max_steps": 60, "until": "converged"}
+    options |= QUIET | {"warmup_epochs": 0}
+    fits = [
+        fit_subset(apply, (x, 0.3 * x), np.ones((1, 1), np.float32), solver=solver, **options)
+        for solver in (GaussNewton(), GaussNewton(curvature_ratio=None), LBFGS())
+    ]
+    assert Status.NONFINITE not in {result.status for result in fits}
+    assert [result.loss for result in fits] == pytest.approx([fits[-1].loss] * 3, rel=1e-4)
 
 
 def test_stage_sizes_are_nested_prefixes_of_the_order(data):
@@ -341,6 +382,37 @@ def test_nnx_module_fits_and_takes_its_params_back(data):
     assert float(jnp.mean(losses)) == pytest.approx(result.loss, rel=1e-4)
 
 
+class Counting(nnx.Module):
+    """Writes to its state when it is called."""
+
+    def __init__(self, rngs):
+        self.dense, self.calls = nnx.Linear(5, 3, rngs=rngs), nnx.Variable(jnp.array(0, jnp.int32))
+
+    def __call__(self, x):
+        self.calls[...] = self.calls[...] + 1
+        return self.dense(x)
+
+
+def test_nnx_module_may_write_to_its_state(data):
+    model = Counting(nnx.Rngs(0))
+    assert fit_subset(model, data, max_steps=3, **QUIET).loss < 1
+    assert finetune(model, data, epochs=1, progress=False).loss < 2
+    assert model.calls[...] == 0
+
+
+class Centred(nn.Module):
+    mean: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x - self.mean[None])
+
+
+def test_module_that_holds_an_array_is_built_as_often_as_wanted(data):
+    first, second = (fit_subset(Centred(data[0].mean(axis=0)), data, max_steps=3, **QUIET) for _ in range(2))
+    assert first.loss == second.loss < 1
+
+
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_plain_function_and_squared_error_fit(data, solver):
     targets = (data[0] @ np.arange(5, dtype=np.float32))[:, None] + 1
@@ -455,6 +527,20 @@ def test_resumed_fit_equals_an_uninterrupted_one(tmp_path, data, solver, driver,
     assert first.status == Status.STOPPED
     assert first.n_steps < 12
     assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, **options))
+
+
+def test_ctrl_c_while_the_last_loss_is_measured_loses_that_alone(data, monkeypatch):
+    options: dict[str, Any] = {"growth": Growth(5, stop=5, nested=False), "max_steps": 3} | QUIET
+    whole = fit_subset(Net(), data, **options)
+
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "evaluated", pressed)
+    result = fit_subset(Net(), data, **options)
+    assert result.status == Status.STOPPED
+    assert np.isnan([result.loss, result.grad_norm]).all()
+    assert_same_params(whole.params, result.params, rtol=0)
 
 
 @pytest.mark.parametrize("interrupt", [stop, press_ctrl_c])
@@ -698,6 +784,20 @@ def test_blocks_larger_than_the_data_are_those_of_the_data(data, driver):
 
 
 # --- compilation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", ["host", "compiled"])
+@pytest.mark.parametrize("solver", [*SOLVERS, GaussNewton(linear_solve="sample")], ids=repr)
+def test_fit_compiles_nothing_for_the_same_shapes_twice(data, solver, driver, caplog):
+    """In JAX's own log the programs differ only where their arguments are committed to a device."""
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        fit_subset(Net(), data, solver=solver, driver=driver, max_steps=12, block_size=30, **QUIET)
+    told = [record.getMessage() for record in caplog.records]
+    programs = {text for text in told if text.startswith("Compiling ")}
+    assert len(programs) > 10
+    shapes = [text.split("Argument mapping")[0] for text in programs]
+    assert sorted(shapes) == sorted(set(shapes))
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)

@@ -372,6 +372,37 @@ def test_solver_nears_the_minimum_in_float32(example: Example, solver: Any):
     assert result.loss == pytest.approx(scipy_minimum(example.name), rel=5e-3, abs=1e-6)
 
 
+def test_classical_method_converges_however_many_examples_there_are():
+    """Near a minimum the loss of some examples rises where that of all of them falls."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1000, 10))
+    y = (x @ rng.normal(size=(10, 3)) + 2 * rng.normal(size=(1000, 3))).argmax(axis=1).astype(np.int32)
+    example = Example("overlapping classes", linear, {"w": np.zeros((10, 3))}, x, y, "softmax_cross_entropy", l2=1e-2)
+    classical, reference = fit(example, CLASSICAL, 20), fit(example, LBFGS(), 80)
+    assert classical.status == reference.status == Status.CONVERGED
+    assert classical.n_steps <= 10
+    assert classical.loss == pytest.approx(reference.loss, rel=1e-10)
+
+
+@pytest.mark.parametrize("linear_solve", ["dense", "sample", "cg"])
+def test_examples_that_are_badly_wrong_are_learned_in_every_form(linear_solve: str):
+    """Logits of hundreds: the residual of the rows, whose divisors are probabilities, cannot hold such a gradient."""
+    rng = np.random.default_rng(0)
+    x, w = rng.uniform(0, 255, (20, 64)), rng.normal(size=(64, 3)) / 8
+    y = rng.integers(0, 3, 20).astype(np.int32)
+    example = Example("pixels", linear, {"w": w}, x, y, "softmax_cross_entropy")
+    result = fit(example, dataclasses.replace(CLASSICAL, linear_solve=linear_solve), 30)
+    assert result.history["loss"][0] > 50
+    assert result.loss < 1e-4
+
+
+@pytest.mark.parametrize("labels", [np.uint8, np.int8, np.int64])
+def test_labels_of_any_dtype_tell_hundreds_of_classes(labels: Any):
+    f, y = jnp.asarray(np.random.default_rng(0).normal(size=(5, 300))), np.array([0, 3, 43, 44, 127])
+    residual: Any = resolve("softmax_cross_entropy").residual
+    np.testing.assert_array_equal(residual(f, y.astype(labels)), residual(f, y.astype(np.int32)))
+
+
 @pytest.mark.parametrize(
     ("condition", "linear_solve"), [*((condition, "dense") for condition in QUADRATICS), (1e2, "cg")]
 )
