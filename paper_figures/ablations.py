@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from paper_figures import style
 
-LARGEST = 4.0  # ratios beyond it are drawn at the edge, as triangles
+LARGEST = 1000.0  # ratios beyond it are drawn at the edge, as triangles
 
 
 def draw(records: list[dict], out: Path) -> list[Path]:
