@@ -2,7 +2,7 @@
 
 On a GPU all of them compute there, in float32 and not in its coarser TF32; records of it are called NAME-gpu.
 
-    python -m experiments.solver_speed                                   everything, two hours on 2 cores
+    python -m experiments.solver_speed                                   everything, three hours on 2 cores
     python -m experiments.solver_speed --only problem=mlp                one problem
     python -m experiments.solver_speed --only problem=cnn,solver=scipy   one run
 
