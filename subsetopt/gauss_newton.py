@@ -81,8 +81,8 @@ class GaussNewton:
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
-    damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is next to nothing,
-        as for the absolute error: there steps are those of gradient descent. At least eps.
+    damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is zero, as for the
+        absolute error: there steps are those of gradient descent. At least eps.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
     length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
@@ -190,9 +190,7 @@ class GaussNewton:
 
         def first_damping(state: State) -> State:
             scale, examples = form.mean_diagonal(problem, state.w, kept, probe)
-            # Hardly any curvature, too little for all rejections to make up: a gradient step of length 1.
-            enough = scale > _RAISE**-_MAX_REJECTIONS * state.evaluation.norm
-            scale = jnp.where(enough, scale, state.evaluation.norm)
+            scale = jnp.where(scale > 0, scale, state.evaluation.norm)  # no curvature here: a gradient step of length 1
             least = float(jnp.finfo(scale.dtype).eps)  # zero could not be raised where a step is rejected
             damping = max(self.damping, least) * jnp.where(scale > 0, scale, 1)
             return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=damping))
