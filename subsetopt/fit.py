@@ -33,9 +33,9 @@ _HISTORY = ("stage", "examples", "ratio", "step", "loss", "probe_loss", "grad_no
 class FitResult:
     """Outcome of `fit_subset`.
 
-    params: shaped like the model's own. loss, grad_norm: on the last subset, at params (l2 included). n_steps,
-    n_evals: solver steps and evaluations of a subset's loss and gradient. sample_grads: everything the fit computed,
-    in gradients of one example. seconds: without compile_seconds. order: (N,) the permutation whose prefixes are the
+    params: shaped like the model's own. loss, grad_norm: on the last subset, at params (l2 included); NaN where Ctrl-C
+    came while they were measured. n_steps, n_evals: solver steps and evaluations of a subset's loss and gradient.
+    sample_grads: everything the fit computed, in gradients of one example. seconds: without compile_seconds. order: (N,) the permutation whose prefixes are the
     nested subsets; with fresh subsets, the order of the first stages' pool with the probe at its end. stages: a row a
     stage. history: equal-long lists, an entry a step. There `loss` is the subset's loss after the step, but before it
     where the subset is fresh: then it is an all but unbiased look at the training loss; steps that were one program
