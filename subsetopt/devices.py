@@ -96,8 +96,8 @@ class Devices:
                     raise
                 raise RuntimeError(_LOST.format(self.process)) from error
 
-    def fresh(self, tree: Any) -> Any:
-        """The tree on the first device of this process, wherever it is, for all that follows in `context`.
+    def adopt(self, tree: Any) -> Any:
+        """The tree on the first device of this process, wherever it was, for all that follows in `context`.
 
         One device alone is the default there, to which nothing is committed: for what comes with a committed array
         JAX compiles once more.

@@ -34,9 +34,9 @@ class FinetuneResult:
 
     params: the best parameters (lowest validation loss; without validation data the last ones). loss: mean loss of the
     full training set at params, measured once at the end and not part of the cost; NaN where Ctrl-C came then.
-    validation_loss: at params, or None. sample_grads: gradients of training examples, and a third for each validation example evaluated. seconds:
-    without compile_seconds. history: equal-long lists, one entry an epoch (epoch, step, loss: mean over the epoch's
-    mini-batches as they were met, validation_loss, sample_grads, seconds).
+    validation_loss: at params, or None. sample_grads: gradients of training examples, and a third for each validation
+    example evaluated. seconds: without compile_seconds. history: equal-long lists, one entry an epoch (epoch, step,
+    loss: mean over the epoch's mini-batches as they were met, validation_loss, sample_grads, seconds).
     """
 
     params: Params

@@ -35,12 +35,13 @@ class FitResult:
 
     params: shaped like the model's own. loss, grad_norm: on the last subset, at params (l2 included); NaN where Ctrl-C
     came while they were measured. n_steps, n_evals: solver steps and evaluations of a subset's loss and gradient.
-    sample_grads: everything the fit computed, in gradients of one example. seconds: without compile_seconds. order: (N,) the permutation whose prefixes are the
-    nested subsets; with fresh subsets, the order of the first stages' pool with the probe at its end. stages: a row a
-    stage. history: equal-long lists, an entry a step. There `loss` is the subset's loss after the step, but before it
-    where the subset is fresh: then it is an all but unbiased look at the training loss; steps that were one program
-    share its `seconds` in proportion to their cost. driver: "host" or "compiled". precision: dtype, and that of matrix
-    products, in the loss and its gradient (matmul) and in the curvature.
+    sample_grads: everything the fit computed, in gradients of one example. seconds: without compile_seconds. order:
+    (N,) the permutation whose prefixes are the nested subsets; with fresh subsets, the order of the first stages' pool
+    with the probe at its end. stages: a row a stage. history: equal-long lists, an entry a step. There `loss` is the
+    subset's loss after the step, but before it where the subset is fresh: then it is an all but unbiased look at the
+    training loss; steps that were one program share its `seconds` in proportion to their cost. driver: "host" or
+    "compiled". precision: dtype, and that of matrix products, in the loss and its gradient (matmul) and in the
+    curvature.
     """
 
     params: Params
@@ -465,7 +466,8 @@ class _Fit(Resumable):
         self.state: State = evaluated(subset, state)
         if unknown and int(self.state.status) == Status.NONFINITE:
             self.status = Status.NONFINITE
-            self.state = evaluated(subset, self.solver.step(subset, self.state))
+            self.state = self.solver.step(subset, self.state)
+            self.state = evaluated(subset, self.state)
 
     def _precision(self) -> dict[str, str]:
         curvature = getattr(self.solver, "curvature_precision", "highest")

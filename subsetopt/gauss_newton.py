@@ -152,7 +152,7 @@ class GaussNewton:
         known = _of_this_subset(state.known, memory.current, memory.damping, memory.rejections)
         state = state.replace(memory=memory._replace(**known))
         state = evaluated(problem, state, uncertain=True)
-        # On a fresh subset a step is accepted before it is evaluated: the last one of them where this is the whole set.
+        # Steps on fresh subsets are accepted before they are evaluated, the last of them first on the whole set.
         w, known = _back_from_nowhere(state.w, state.known, state.status, state.memory.origin)
         state, runs = ended(problem, state.replace(w=w, known=known), self._tolerance(problem.dtype))
         return problem.driver.cond(runs, partial(self._advance, problem), lambda state: state, state)

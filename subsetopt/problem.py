@@ -424,7 +424,7 @@ def make_problem(
     with own.context():
         own_model, w, constants = prepare(model, params, x, seed, trainable)
         checks.x_dtype(x, w.dtype)
-        w, constants = own.fresh((w, constants))  # params may be committed to another one
+        w, constants = own.adopt((w, constants))  # params may be committed to another one
         objective = Objective(own_model, resolve(loss))
         outputs = _checked_outputs(objective, loss, w, constants, x, y)
         size = own.even(min(block_size or _default_block(own, objective, w, constants, x, y), len(x)))

@@ -12,7 +12,7 @@ class Bar:
     """Shows how far a run of `total` steps is. Everything goes to standard error."""
 
     def __init__(self, title: str, total: int, show: bool):
-        self.title, self.total, self.show, self.done = title, total, show, 0
+        self.title, self.total, self.show = title, total, show
         self.spoken = time.perf_counter()
         self._first: tuple[int, float] | None = None  # what was done before it, compiling or another run, says nothing
         self._rich: Any = None
