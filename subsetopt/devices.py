@@ -99,12 +99,12 @@ class Devices:
     def adopt(self, tree: Any) -> Any:
         """The tree on the first device of this process, wherever it was, for all that follows in `context`.
 
-        One device alone is the default there, to which nothing is committed: for what comes with a committed array
-        JAX compiles once more.
+        What several devices give is committed to the first one, what one device alone gives to none: all begins as it
+        will be, for where some arrays of a program are committed and others are not JAX compiles it once more.
         """
         if self.count > 1:
             return jax.device_put(tree, self.local[0])
-        return jax.tree.map(lambda a: _with_values(a, jnp.asarray), tree)
+        return jax.tree.map(_uncommitted, tree)
 
     def replicate(self, tree: Any) -> Any:
         """The tree on every device of every process, each of which holds the same values; what is there stays."""
@@ -221,6 +221,10 @@ def _from_every_process(sharding: NamedSharding, a: Any) -> Array:
     if isinstance(a, Array) and a.sharding == sharding:
         return a
     return _with_values(a, lambda values: jax.make_array_from_callback(values.shape, sharding, values.__getitem__))
+
+
+def _uncommitted(a: Any) -> Any:
+    return _with_values(a, jnp.asarray) if isinstance(a, Array) and a.committed else a
 
 
 def _with_values(a: Any, place: Callable[[np.ndarray], Array]) -> Array:

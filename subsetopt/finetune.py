@@ -150,7 +150,7 @@ class _Run(Resumable):
         params = host.objective.model.unflatten(w, host.constants)
         self.mask = None if trainable is None else mask_tree(params, trainable)
         checks.optimizer(optimizer, params)
-        self.params, self.opt_state = params, optimizer.init(params)
+        self.params, self.opt_state = params, self.devices.adopt(optimizer.init(params))
         self.best, self.best_loss, self.best_epoch = params, math.inf, 0
         self.nonfinite = False  # the last epoch's result, which was dropped
 
@@ -348,7 +348,8 @@ def warm_up(
     steps = max(1, round(epochs * per_epoch))
     optimizer = _warm_up_optimizer(steps, problem.parameters)
     params = problem.objective.model.unflatten(w, problem.constants)
-    at, cost, slopes = (params, optimizer.init(params)), 0.0, np.full(problem.examples, np.nan, problem.dtype)
+    at, cost = (params, problem.driver.devices.adopt(optimizer.init(params))), 0.0
+    slopes = np.full(problem.examples, np.nan, problem.dtype)
     losses, sizes = [], []
     for epoch in range(-(-steps // per_epoch)):
         order = itertools.islice(minibatches(examples, batch_size, seed, epoch), steps - epoch * per_epoch)

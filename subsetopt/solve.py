@@ -78,7 +78,7 @@ def start(problem: Problem, w: Array, memory: Any, uncertain: bool = False) -> S
     """The state before the first step; uncertain: whether the solver's evaluations give it."""
     zero, zeros = np.zeros((), w.dtype), np.zeros(problem.examples, w.dtype)
     nothing = Evaluation(zero, jnp.zeros_like(w), zero, zeros, *((zeros, zeros) if uncertain else (None, None)))
-    return State(w, False, nothing, int(Status.RUNNING), zero, 0.0, 0, memory)
+    return State(w, False, nothing, int(Status.RUNNING), zero, 0.0, 0, problem.driver.devices.adopt(memory))
 
 
 def charged(state: State, price: float, examples: Any, evals: Any = 0) -> State:
