@@ -586,7 +586,15 @@ def test_ctrl_c_in_the_midst_of_a_step_drops_the_whole_step(tmp_path, monkeypatc
     assert_same_run(whole, fit_subset(Net(), data, checkpoint=tmp_path, **options))
 
 
-def test_ctrl_c_while_a_checkpoint_is_written_waits_for_it(tmp_path, monkeypatch, data):
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A shell's job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_waits_for_it(tmp_path, monkeypatch, data, ctrl_c_is_heard):
     options = {"growth": Growth(3, 2, nested=False), "max_steps": 6} | QUIET
     whole, real = fit_subset(Net(), data, **options), Checkpoint._save
 
