@@ -270,7 +270,8 @@ class GaussNewton:
 
     def _trial_sample(self, problem: Problem, state: State, key: Array) -> tuple[Any, Sample]:
         """Positions in the subset, and the sample: of the whole subset where that is at most twice as large."""
-        size = min(2 * self._trial(problem), problem.examples)
+        trial = self._trial(problem)
+        size = min(2 * trial, problem.examples)
 
         def whole() -> tuple[Any, Sample]:
             positions = jnp.arange(size, dtype=np.int32)
@@ -278,7 +279,7 @@ class GaussNewton:
             return positions, Sample(indices, weights, jnp.asarray(problem.count))
 
         def drawn() -> tuple[Any, Sample]:
-            n = min(self._trial(problem), size)
+            n = min(trial, size)
             positions, sample = problem.draw(key, self._score(state.evaluation), n, np.int32(n))
             indices, weights = (jnp.pad(jnp.asarray(a), (0, size - n)) for a in sample[:2])
             return jnp.pad(positions, (0, size - n)), Sample(indices, weights, jnp.asarray(sample.count))

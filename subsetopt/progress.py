@@ -38,11 +38,10 @@ class Bar:
         if self._rich is not None:
             self._rich.update(self._task, completed=done, text=text)
         elif self.show and time.perf_counter() - self.spoken > _SECONDS_BETWEEN_LINES:
-            self._say(done, text)
+            self._say(done, text, *self._first)
 
-    def _say(self, done: int, text: str) -> None:
-        self.spoken, (first, begun) = time.perf_counter(), self._first or (0, 0.0)
-        pace = ""
+    def _say(self, done: int, text: str, first: int, begun: float) -> None:
+        self.spoken, pace = time.perf_counter(), ""
         if done > first:
             rate = (done - first) / (self.spoken - begun)
             pace = f" ({rate:.2g} a second, about {(self.total - done) / rate:.0f} s left)"
