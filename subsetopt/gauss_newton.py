@@ -88,8 +88,9 @@ class GaussNewton:
     length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
         the minimum where loss and curvature fall together; where no candidate lowers the loss, it is shortened until it
         does. From a fifth to five times as long; 1: as it is.
-    trial_examples: examples on which candidates are compared; the whole subset where that is at most twice as large.
-        None: one for 20 parameters, at least 100; the whole subset for the classical method, unless it is fresh.
+    trial_examples: examples on which candidates are compared; the whole subset where that is at most twice as large,
+        and, unless it is fresh, after a rejected step. None: one for 20 parameters, at least 100; the whole subset for
+        the classical method, unless it is fresh.
     linear_solve: "dense" (Cholesky of A, P x P), "sample" (Cholesky in the space of the rows), "cg" (matrix-free), or
         "auto", the cheapest one by the cost model of `curvature.form_flops`.
     cg_tolerance, cg_max_steps: relative residual at which CG ends, and its cap (the best iterate is kept). A solve
@@ -210,13 +211,37 @@ class GaussNewton:
     # --- candidates ------------------------------------------------------------------------------------------------
 
     def _best_candidate(self, problem: Problem, form: Form, state: State) -> tuple[State, Choice]:
-        """The step with the lowest loss difference on the trial sample; none lowers the loss unless it is negative."""
+        """The step with the lowest loss difference on some examples; none lowers the loss unless it is negative."""
         memory: Memory = state.memory
         key, draw = jax.random.split(memory.key)
-        positions, sample = self._trial_sample(problem, state, draw)
-        losses0 = state.evaluation.losses[positions]
         dampings = memory.damping * jnp.asarray(self.damping_factors, memory.damping.dtype)
         solutions, kept, products = form.solve(problem, state.w, memory.kept, dampings, memory.gradient)
+
+        def on_all() -> tuple[Choice, Array]:
+            return self._picked(problem, state, problem.whole(), state.evaluation.losses, dampings, solutions)
+
+        def on_some() -> tuple[Choice, Array]:
+            size = min(self._trial(problem), problem.examples)
+            positions, sample = problem.draw(draw, self._score(state.evaluation), size, np.int32(size))
+            return self._picked(problem, state, sample, state.evaluation.losses[positions], dampings, solutions)
+
+        choice, examples = problem.driver.cond(self._asks_all(problem, memory), on_all, on_some)
+        state = charged(charged(state, PRODUCT, products), LOSS, examples)
+        return state.replace(memory=memory._replace(key=key, kept=kept)), choice
+
+    def _asks_all(self, problem: Problem, memory: Memory) -> Any:
+        """Whether candidates are compared on the whole subset: where a sample is half of it, or has misled.
+
+        Near a minimum a sample's loss falls where the subset's rises, and rises where that falls.
+        """
+        few = problem.count <= 2 * self._trial(problem)
+        return few if problem.fresh else few | (memory.rejections > 0)
+
+    def _picked(
+        self, problem: Problem, state: State, sample: Sample, losses0: Array, dampings: Array, solutions: Any
+    ) -> tuple[Choice, Any]:
+        """The best candidate on a sample, and the number of losses that were asked for."""
+        memory: Memory = state.memory
         momenta = jnp.asarray(self._momenta(), memory.damping.dtype)
         # Without a previous step all momenta are the same.
         stride = jnp.where(jnp.any(memory.previous != 0), 1, len(momenta)).astype(np.int32)
@@ -233,8 +258,7 @@ class GaussNewton:
         choice, _ = problem.driver.while_loop(lambda carry: carry[1] < candidates, compare, (nothing, zero))
         if self.length_factor > 1:
             choice = self._rescaled(problem, state.w, sample, losses0, choice)
-        state = charged(charged(state, PRODUCT, products), LOSS, counted(choice.tried, sample.count))
-        return state.replace(memory=memory._replace(key=key, kept=kept)), choice
+        return choice, counted(choice.tried, sample.count)
 
     def _compare(
         self, problem: Problem, w: Array, sample: Sample, losses0: Array, damping: Array, move: Array, best: Choice
@@ -267,24 +291,6 @@ class GaussNewton:
     def _momenta(self) -> tuple[float, ...]:
         """Candidates for m; zero as well for the classical method."""
         return self.momenta if self.curvature_ratio is not None else tuple(sorted({0.0, *self.momenta}))
-
-    def _trial_sample(self, problem: Problem, state: State, key: Array) -> tuple[Any, Sample]:
-        """Positions in the subset, and the sample: of the whole subset where that is at most twice as large."""
-        trial = self._trial(problem)
-        size = min(2 * trial, problem.examples)
-
-        def whole() -> tuple[Any, Sample]:
-            positions = jnp.arange(size, dtype=np.int32)
-            indices, weights = (jnp.asarray(a[:size]) for a in (problem.subset, problem.weights))
-            return positions, Sample(indices, weights, jnp.asarray(problem.count))
-
-        def drawn() -> tuple[Any, Sample]:
-            n = min(trial, size)
-            positions, sample = problem.draw(key, self._score(state.evaluation), n, np.int32(n))
-            indices, weights = (jnp.pad(jnp.asarray(a), (0, size - n)) for a in sample[:2])
-            return jnp.pad(positions, (0, size - n)), Sample(indices, weights, jnp.asarray(sample.count))
-
-        return problem.driver.cond(problem.count <= size, whole, drawn)
 
     def _trial(self, problem: Problem) -> int:
         """Examples in it.

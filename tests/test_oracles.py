@@ -372,16 +372,19 @@ def test_solver_nears_the_minimum_in_float32(example: Example, solver: Any):
     assert result.loss == pytest.approx(scipy_minimum(example.name), rel=5e-3, abs=1e-6)
 
 
-def test_classical_method_converges_however_many_examples_there_are():
+@pytest.mark.parametrize(
+    ("solver", "driver", "steps"),
+    [(CLASSICAL, "host", 10), (GaussNewton(), "host", 50), (GaussNewton(), "compiled", 50)],
+)
+def test_gauss_newton_converges_however_many_examples_there_are(solver: GaussNewton, driver: str, steps: int):
     """Near a minimum the loss of some examples rises where that of all of them falls."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1000, 10))
     y = (x @ rng.normal(size=(10, 3)) + 2 * rng.normal(size=(1000, 3))).argmax(axis=1).astype(np.int32)
     example = Example("overlapping classes", linear, {"w": np.zeros((10, 3))}, x, y, "softmax_cross_entropy", l2=1e-2)
-    classical, reference = fit(example, CLASSICAL, 20), fit(example, LBFGS(), 80)
-    assert classical.status == reference.status == Status.CONVERGED
-    assert classical.n_steps <= 10
-    assert classical.loss == pytest.approx(reference.loss, rel=1e-10)
+    result, reference = fit(example, solver, steps, driver=driver), fit(example, LBFGS(), 80)
+    assert result.status == reference.status == Status.CONVERGED
+    assert result.loss == pytest.approx(reference.loss, rel=1e-10)
 
 
 @pytest.mark.parametrize("linear_solve", ["dense", "sample", "cg"])
