@@ -30,7 +30,7 @@ from subsetopt.growth import Growth
 from subsetopt.problem import GRADIENT, LOSS, PRODUCT, ROW, Evaluation, Problem, counted
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
-_RAISE, _MAX_REJECTIONS = 4.0, 12  # damping after a rejected step; 4^12: seven orders of magnitude
+_MAX_REJECTIONS = 6  # one after the other; they raise the damping by 4, 8, 16 and so on: eight orders of magnitude
 _LEAST_TRIAL, _PARAMETERS_PER_TRIAL = 100, 20  # examples that compare candidates (heuristic, measured)
 _LENGTHS = 0.2, 5.0  # of one step: beyond them none is tried (heuristic)
 _ROUNDING = 0.1  # of the loss's eps: what summed differences resolve (heuristic)
@@ -344,7 +344,7 @@ def _over_mean(values: Array) -> Array:
 @jax.jit
 def _of_this_subset(known: Array, current: Array, damping: Array, rejections: Array) -> dict[str, Array]:
     """A memory's fields without what was taken and rejected on another subset."""
-    before = damping / _RAISE ** rejections.astype(damping.dtype)
+    before = damping / jnp.exp2(rejections * (rejections + 3) / 2).astype(damping.dtype)
     return {
         "current": current & known,
         "damping": jnp.where(known, damping, before),
@@ -363,5 +363,6 @@ def _back_from_nowhere(w: Array, known: Array, status: Array, origin: Array) -> 
 def _damped(memory: Memory, status: Array) -> tuple[Memory, Array]:
     rejections = memory.rejections + 1
     status = jnp.where(rejections >= _MAX_REJECTIONS, jnp.full_like(status, Status.STALLED), status)
-    damping = jnp.maximum(memory.damping, jnp.finfo(memory.damping.dtype).tiny) * _RAISE
+    damping = jnp.maximum(memory.damping, jnp.finfo(memory.damping.dtype).tiny)
+    damping = jnp.ldexp(damping, rejections + 1)  # doubled from one to the next: Nielsen, IMM-REP-1999-05
     return memory._replace(damping=damping, previous=memory.previous * 0, rejections=rejections), status
