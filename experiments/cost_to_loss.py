@@ -59,7 +59,7 @@ METHODS = (*OURS, "paper", *OPTIMIZERS) if ON_CPU else ("gauss_newton", *OPTIMIZ
 BATCHES = (128, 512)
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # those that are tried
 FEW_EPOCHS = 30  # below it Adam wants larger rates
-FINETUNE_RATES = (3e-4, 1e-3, 3e-3)
+FINETUNE_RATES = (1e-3, 2e-3, 5e-3, 1e-2)
 PAPER_RATIO, PAPER_RATE, PAPER_BATCH, PAPER_MOST = (4, 1e-3, 512, 100)  # most: the subset's share of cost, in epochs
 SLICE_STEPS, SLICES_EVERY = (12, 4)  # steps of first-order training timed at least, and fit steps between two timings
 MEASURED = ("full_loss", *TESTS)
@@ -294,7 +294,10 @@ def with_flops(problem: Problem, solver: Any, row: Row, examples: Sequence[int])
 
 
 def fine_tuned(problem: Problem, setting: Setting, seed: int, rates: dict[int, Sequence[float]]) -> list[Row]:
-    """Gauss-Newton up to half of the training set, then Adam on all of it: rates to try for each number of epochs."""
+    """Gauss-Newton up to half of the training set, then Adam on all of it, at these rates for each number of epochs.
+
+    Where there are several, at further ones as long as the best is at an edge.
+    """
     solver, n = GaussNewton(), len(problem.train[0])
     ratio = overdetermination_ratio(n // 2, problem.network.classes, problem.parameters)
     growth = dataclasses.replace(GaussNewton.growth, stop=max(ratio, GaussNewton.growth.start))
@@ -307,11 +310,15 @@ def fine_tuned(problem: Problem, setting: Setting, seed: int, rates: dict[int, S
     options: Any = {"growth": growth, "seed": seed, "max_steps": setting.max_steps, "progress": False}
     fit = fit_subset(problem.network, problem.train, solver=solver, callback=at_half, **options)
     cost = {f"fit_{key}": with_flops(problem, solver, watch.last, watch.examples)[key] for key in COSTS}
-    rows = []
-    for epochs, rate in [(epochs, rate) for epochs, values in rates.items() for rate in values]:
+
+    def tuned(epochs: int, rate: float) -> Row:
         result = adam(problem.network, problem.train, fit.params, rate, epochs, seed)
         choice = {"method": "gauss_newton_finetune", "budget_epochs": epochs, "rate": rate, "seed": seed}
-        rows.append(choice | cost | outcome(problem, result))
+        return choice | cost | outcome(problem, result)
+
+    rows: list[Row] = []
+    for epochs, first in rates.items():
+        rows += tried(functools.partial(tuned, epochs), first, setting.extensions if len(first) > 1 else 0)
     return rows
 
 

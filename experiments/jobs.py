@@ -96,8 +96,14 @@ class Job(abc.ABC):
             state = "done" if self.done(part) else "to do"
             print(f"{self.labels[0]}={self.name} {self.labels[1]}={part}: {state}{kept}")
 
-    def forget(self, parts: Iterable[str]) -> None:
-        """Remove the record, and what these parts have kept."""
+    def forget(self, parts: Collection[str]) -> None:
+        """Remove the record, and what these parts have kept; exits where the record could not be made again."""
+        lost = [part for part in self.parts if part not in parts and not self.path(part).exists()]
+        if lost and self.record_path.exists():
+            sys.exit(
+                f"--again of {', '.join(parts)} alone would lose the record {self.record_path}, for in {self.folder} "
+                f"nothing is kept of {', '.join(lost)}. Run all of {self.name} again, or name another --results."
+            )
         self.record_path.unlink(missing_ok=True)
         for part in parts:
             self.path(part).unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from experiments.runs import median
 COSTS = ("sample_grads", "flops", "seconds")
 TESTS = ("test_loss", "test_accuracy")
 WORST = dict.fromkeys((*COSTS, "test_loss"), math.inf) | {"test_accuracy": -math.inf}
-SMALLEST = 1e-12  # a loss below it is float32's zero, which has no logarithm
 Row = dict[str, Any]
 
 
@@ -82,16 +81,10 @@ def cheapest(rows: Sequence[Row], target: float) -> Row | None:
 
 
 def reached(run: Sequence[Row], target: float) -> Row | None:
-    """The point at which a run first has the loss; between two snapshots its logarithm is taken to be linear."""
-    place = next((i for i, row in enumerate(run) if row["full_loss"] is not None and row["full_loss"] <= target), None)
-    if place is None:
-        return None
-    keys, after, share = (*COSTS, *TESTS), run[place], 1.0
-    before = run[max(place - 1, 0)]
-    if place > 0 and before["full_loss"] is not None:
-        start, goal, end = (math.log(max(x, SMALLEST)) for x in (before["full_loss"], target, after["full_loss"]))
-        share = (start - goal) / (start - end) if start > end else 1.0
-    return {key: after[key] if share == 1.0 else before[key] + share * (after[key] - before[key]) for key in keys}
+    """The first snapshot of a run that has the loss: the step it needs is paid for as a whole."""
+    keys = (*COSTS, *TESTS)
+    found = (row for row in run if row["full_loss"] is not None and row["full_loss"] <= target)
+    return next(({key: row[key] for key in keys} for row in found), None)
 
 
 def break_evens(targets: dict[str, Any], method: str) -> dict[str, float | None]:

@@ -1,6 +1,7 @@
 """The ablation study, on a few examples; and what it says of made-up runs."""
 
 import math
+import shutil
 
 import pytest
 
@@ -35,6 +36,10 @@ def test_each_study_is_kept_and_the_record_is_made_once(few_studies: None, smoke
     assert all(0 < loss < math.log(10) + 0.5 for loss in ends)
     assert len(set(ends)) == len(ends)  # every change changes something
     assert {path.suffix for path in folder.glob("out/ablations-digits-smoke.*")} == {".pdf", ".png"}
+    shutil.rmtree(folder / "out" / "parts")
+    with pytest.raises(SystemExit, match=r"--again of draws alone would lose the record"):
+        run("--only", "problem=digits,study=draws", "--again")
+    assert "defaults: has a result already" in run("--only", "problem=digits")
 
 
 @pytest.mark.parametrize(
