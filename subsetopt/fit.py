@@ -360,6 +360,8 @@ class _Fit(Resumable):
         if self.stage_steps % self.solver.check_every:
             return False
         loss = self.history["probe_loss"][-1]
+        if loss == self.last_check:  # to the last bit: the step was rejected
+            return False
         if loss < self.best_probe:
             self.best_probe, self.best_loss, self.best_w = loss, self._loss(), self.state.w
         told = not loss + REPRESENTATIVE * abs(loss) < self.last_check

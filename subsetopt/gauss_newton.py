@@ -30,7 +30,7 @@ from subsetopt.growth import Growth
 from subsetopt.problem import GRADIENT, LOSS, PRODUCT, ROW, Evaluation, Problem, counted
 from subsetopt.solve import State, Status, charged, ended, evaluated, moved, start
 
-_MAX_REJECTIONS = 6  # one after the other; they raise the damping by 4, 8, 16 and so on: eight orders of magnitude
+_MAX_REJECTIONS = 10  # one after the other; each raises the damping, by 4, 8, 16 and so on: nine by 16 orders
 _LEAST_TRIAL, _PARAMETERS_PER_TRIAL = 100, 20  # examples that compare candidates (heuristic, measured)
 _LENGTHS = 0.2, 5.0  # of one step: beyond them none is tried (heuristic)
 _ROUNDING = 0.1  # of the loss's eps: what summed differences resolve (heuristic)

@@ -113,8 +113,8 @@ def _arrived(value: Array, norm: Array, scale: Array, status: Array) -> tuple[Ar
 def ended(problem: Problem, state: State, tolerance: float) -> tuple[State, Any]:
     """The state with status CONVERGED where it is, and whether the solve goes on.
 
-    CONVERGED: the gradient is `tolerance` times the largest one of this fit, which is free of the loss's scale. Never
-    on a fresh subset, which is gone after this step.
+    CONVERGED: the gradient is `tolerance` times the largest one of this fit, which is free of the loss's scale; on a
+    fresh subset, which is gone after this step, only where it is zero.
     """
     least = 0.0 if problem.fresh else tolerance
     status, runs = _ended(state.status, state.evaluation.norm, state.grad_scale, least)
@@ -124,8 +124,7 @@ def ended(problem: Problem, state: State, tolerance: float) -> tuple[State, Any]
 @jax.jit
 def _ended(status: Array, norm: Array, scale: Array, tolerance: Array) -> tuple[Array, Array]:
     runs = status == Status.RUNNING
-    vanished = (norm <= tolerance * scale) & (tolerance > 0)
-    status = jnp.where(runs & vanished, jnp.full_like(status, Status.CONVERGED), status)
+    status = jnp.where(runs & (norm <= tolerance * scale), jnp.full_like(status, Status.CONVERGED), status)
     return status, status == Status.RUNNING
 
 

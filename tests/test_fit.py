@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits
 
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, finetune, fit, fit_subset
 from subsetopt.checkpoint import Checkpoint
@@ -282,6 +282,48 @@ def test_fresh_subsets_that_grow_by_schedule_have_no_probe(data):
 def test_until_a_number_is_that_many_steps_a_stage(data):
     result = fit_subset(Net(), data, growth=Growth(3, 2), until=2, max_steps=9, **QUIET)
     assert [s["steps"] for s in result.stages[:-1]] == [2] * (len(result.stages) - 1)
+
+
+def test_rejected_step_does_not_make_a_subset_representative():
+    """The probe's loss is the same after it, for the point is."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 5)).astype(np.float32)
+    y = (np.sin(2 * x @ rng.normal(size=(5, 1))) + 0.1 * rng.normal(size=(4000, 1))).astype(np.float32)
+
+    def mlp(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    options: dict[str, Any] = {"loss": "squared_error", "growth": Growth(50, stop=50), "until": "representative"}
+    rejected = 0
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        start = {"a": rng.normal(size=(5, 6)).astype(np.float32), "b": rng.normal(size=(6, 1)).astype(np.float32)}
+        result = fit_subset(mlp, (x, y), start, seed=seed, warmup_epochs=0, progress=False, **options)
+        same = [last == new for last, new in itertools.pairwise(result.history["loss"])]
+        rejected += sum(same)
+        assert result.status == Status.REPRESENTATIVE
+        assert not same[-1]
+    assert rejected
+
+
+def test_raw_inputs_of_all_sizes_are_learned():
+    """Damping may have to rise by many orders of magnitude before a step is taken."""
+    x, y = load_breast_cancer(return_X_y=True)
+    start = {"w": np.random.default_rng(0).normal(size=(30, 2)) / 30**0.5, "b": np.zeros(2)}
+    start = {name: values.astype(np.float32) for name, values in start.items()}
+
+    def affine(params, x):
+        return x @ params["w"] + params["b"][None]
+
+    result = fit_subset(affine, (x.astype(np.float32), y.astype(np.int32)), start, seed=2, progress=False)
+    assert result.loss < 0.06
+
+
+def test_fit_of_a_start_without_a_gradient_converges():
+    x, y = np.ones((300, 2), np.float32), np.zeros((300, 1), np.float32)
+    start = {"w": np.zeros((2, 1), np.float32)}
+    result = fit_subset(lambda p, x: x @ p["w"], (x, y), start, loss="squared_error", warmup_epochs=0, progress=False)
+    assert result.status == Status.CONVERGED
 
 
 def test_representative_stage_ends_with_its_best_probe_loss(data):
@@ -653,6 +695,10 @@ def scaled(params, x):
     return 2 * linear(params, x)
 
 
+def tiny(outputs, y):
+    return 1e-10 * optax.softmax_cross_entropy_with_integer_labels(outputs, y)
+
+
 ONE_LESS = [{"w": np.arange(15).reshape(5, 3) != 0, "b": True}, {"w": np.arange(15).reshape(5, 3) != 1, "b": True}]
 
 
@@ -664,6 +710,7 @@ ONE_LESS = [{"w": np.arange(15).reshape(5, 3) != 0, "b": True}, {"w": np.arange(
         ({}, {"data": slice(None, None, -1)}, "data"),
         ({}, {"loss": lambda f, y: optax.sigmoid_focal_loss(f, jax.nn.one_hot(y, 3)).sum(axis=1)}, "losses near"),
         ({}, {"model": scaled}, "losses near"),
+        ({"loss": tiny}, {"loss": lambda f, y: 2 * tiny(f, y)}, "losses near"),
         ({"trainable": ONE_LESS[0]}, {"trainable": ONE_LESS[1]}, "trainable"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 import scipy.optimize
 from jax import Array
 from jax.flatten_util import ravel_pytree
-from problems import Example, least_squares, linear, problems, pseudo_huber
+from problems import Example, affine, least_squares, linear, problems, pseudo_huber
 
 from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Status, fit_subset
 from subsetopt.curvature import Dense, Recipe, SampleSpace, conjugate_gradient, form_flops, form_of, window
@@ -398,6 +398,30 @@ def test_examples_that_are_badly_wrong_are_learned_in_every_form(linear_solve: s
         result = fit(example, dataclasses.replace(CLASSICAL, linear_solve=linear_solve), 30)
     assert result.history["loss"][0] > 50
     assert result.loss < 1e-4
+
+
+def test_saturated_start_with_a_vanishing_curvature_is_left():
+    """A softmax at a logit of 24 has next to no curvature, by which the first damping goes."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(600, 3)).astype(np.float32), (rng.random(600) < 0.9).astype(np.int32)
+    start = {"w": np.zeros((3, 2), np.float32), "b": np.array([24, 0], np.float32)}
+    example = Example("confidently wrong", affine, start, x, y, "softmax_cross_entropy")
+    with jax.enable_x64(False):
+        found = [fit(example, solver, 60).loss for solver in (GaussNewton(), CLASSICAL, LBFGS())]
+    assert found == pytest.approx([0.316805] * 3, rel=1e-5)
+
+
+def test_loss_without_curvature_is_lowered_alike_in_every_form():
+    """The first damping is the gradient's norm, not what rounding has left of l2."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(300, 7)).astype(np.float32), np.zeros((7, 1), np.float32)
+    y = (x @ rng.normal(size=(7, 1)) + 0.1 * rng.normal(size=(300, 1))).astype(np.float32)
+    example = Example("absolute error", linear, {"w": w}, x, y, lambda f, y: jnp.abs(f - y).sum(axis=1), l2=0.1)
+    solvers = [dataclasses.replace(CLASSICAL, linear_solve=name) for name in ("dense", "sample", "cg")]
+    with jax.enable_x64(False):
+        found = [fit(example, solver, 20) for solver in solvers]
+    assert found[0].loss < 0.4 * np.mean(np.abs(y))
+    assert [result.loss for result in found] == pytest.approx([found[0].loss] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("labels", [np.uint8, np.int8, np.int64])
