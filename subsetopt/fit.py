@@ -325,6 +325,12 @@ class _Fit(Resumable):
         """Whether the last step on a fresh subset was not taken; the next one tries again there, at no new gradient."""
         return self.fresh and bool(self.state.known)
 
+    def _stayed(self) -> bool:
+        """Whether the last step was rejected on any subset, which leaves loss and gradient as they were."""
+        looks = (self.history[name][-2:] for name in ("loss", "grad_norm"))
+        same = self.stage_steps > 1 and all(now == before for before, now in looks)
+        return self._rejected() if self.fresh else same
+
     def _remember_slopes(self) -> None:
         """What this subset has shown of its examples."""
         seen = np.asarray(self.problem.subset)[: int(self.problem.count)]
@@ -359,9 +365,9 @@ class _Fit(Resumable):
         """Whether the probe's loss has fallen by less than 0.5 % since the last check; keeps its best parameters."""
         if self.stage_steps % self.solver.check_every:
             return False
-        loss = self.history["probe_loss"][-1]
-        if loss == self.last_check:  # to the last bit: the step was rejected
+        if self._stayed():
             return False
+        loss = self.history["probe_loss"][-1]
         if loss < self.best_probe:
             self.best_probe, self.best_loss, self.best_w = loss, self._loss(), self.state.w
         told = not loss + REPRESENTATIVE * abs(loss) < self.last_check
