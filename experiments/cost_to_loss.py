@@ -52,7 +52,7 @@ from subsetopt import (
 )
 
 SOLVERS = {"gauss_newton": GaussNewton(), "lbfgs": LBFGS()}
-SNAPSHOTS = {"gauss_newton": 1, "lbfgs": 10}  # steps from one to the next
+SNAPSHOTS = {"gauss_newton": 1, "lbfgs": 10}  # steps from one to the next, all of them paid for where it has the loss
 OURS = (*SOLVERS, "gauss_newton_finetune")
 ON_CPU = jax.default_backend() == "cpu"
 METHODS = (*OURS, "paper", *OPTIMIZERS) if ON_CPU else ("gauss_newton", *OPTIMIZERS)

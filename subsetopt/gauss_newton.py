@@ -344,7 +344,8 @@ def _over_mean(values: Array) -> Array:
 @jax.jit
 def _of_this_subset(known: Array, current: Array, damping: Array, rejections: Array) -> dict[str, Array]:
     """A memory's fields without what was taken and rejected on another subset."""
-    before = damping / jnp.exp2(rejections * (rejections + 3) / 2).astype(damping.dtype)
+    raised = rejections * (rejections + 3) / 2  # the exponents of `_damped`, 2 + 3 + ... + (rejections + 1)
+    before = damping / jnp.exp2(raised).astype(damping.dtype)
     return {
         "current": current & known,
         "damping": jnp.where(known, damping, before),
