@@ -10,7 +10,7 @@ interrupted goes on with the first unfinished one. The methods:
 
     gauss_newton           fit_subset and every default of the package, snapshots along the way
     lbfgs                  the same with the other solver
-    gauss_newton_finetune  Gauss-Newton up to half of the training set, then Adam on all of it, its rate tuned
+    gauss_newton_finetune  Gauss-Newton up to part of the training set, then Adam on all of it, its rate tuned
     paper                  a subset of four constraints a parameter by Adam at 1e-3, then the whole set
     adam, sgd              cosine decay to zero over each budget, rate and batch size tuned for it
 
@@ -25,7 +25,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from rich.table import Table
 
 from experiments import jobs, races, records
 from experiments.problems import PROBLEMS, Problem
-from experiments.races import COSTS, TESTS, Row, lowest, of_budget
+from experiments.races import COSTS, TESTS, Row, lowest
 from experiments.runs import OPTIMIZERS, adam, columns, finite, first_order, linear_algebra_flops, loss_and_accuracy
 from paper_figures import cost_to_loss as figure
 from subsetopt import (
@@ -60,9 +60,11 @@ BATCHES = (128, 512)
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # those that are tried
 FEW_EPOCHS = 30  # below it Adam wants larger rates
 FINETUNE_RATES = (1e-3, 2e-3, 5e-3, 1e-2)
+FINETUNE_SHARES = (1 / 8, 1 / 2)  # of the training set: up to a subset of so much of it Gauss-Newton goes
 PAPER_RATIO, PAPER_RATE, PAPER_BATCH, PAPER_MOST = (4, 1e-3, 512, 100)  # most: the subset's share of cost, in epochs
 SLICE_STEPS, SLICES_EVERY = (12, 4)  # steps of first-order training timed at least, and fit steps between two timings
 MEASURED = ("full_loss", *TESTS)
+Recipe = tuple[float, int]  # share of the training set that Gauss-Newton goes up to, epochs of Adam
 DIVERGED = 100.0  # a loss above it; guessing costs log(10)
 
 
@@ -293,33 +295,35 @@ def with_flops(problem: Problem, solver: Any, row: Row, examples: Sequence[int])
     return row | {"flops": problem.price.of(row["sample_grads"], 0.0, extra)["flops"]}
 
 
-def fine_tuned(problem: Problem, setting: Setting, seed: int, rates: dict[int, Sequence[float]]) -> list[Row]:
-    """Gauss-Newton up to half of the training set, then Adam on all of it, at these rates for each number of epochs.
+def fine_tuned(problem: Problem, setting: Setting, seed: int, rates: Mapping[Recipe, Sequence[float]]) -> Row:
+    """Gauss-Newton up to each share of the training set, then Adam on all of it, at these rates for each recipe.
 
     Where there are several, at further ones as long as the best is at an edge.
     """
-    solver, n = GaussNewton(), len(problem.train[0])
-    ratio = overdetermination_ratio(n // 2, problem.network.classes, problem.parameters)
+    solver, n, slices = GaussNewton(), len(problem.train[0]), Slices(problem)
+    most = int(max(share for share, _ in rates) * n)
+    ratio = overdetermination_ratio(most, problem.network.classes, problem.parameters)
     growth = dataclasses.replace(GaussNewton.growth, stop=max(ratio, GaussNewton.growth.start))
-    watch = Watch(1, math.inf)
+    watch = Watch(1, math.inf, slices)
 
-    def at_half(progress: Progress) -> bool:
+    def at_most(progress: Progress) -> bool:
         """The last stage would go on to its minimum, which the next step leaves."""
-        return watch(progress) or progress.examples >= n // 2
+        return watch(progress) or progress.examples >= most
 
     options: Any = {"growth": growth, "seed": seed, "max_steps": setting.max_steps, "progress": False}
-    fit = fit_subset(problem.network, problem.train, solver=solver, callback=at_half, **options)
-    cost = {f"fit_{key}": with_flops(problem, solver, watch.last, watch.examples)[key] for key in COSTS}
+    fit_subset(problem.network, problem.train, solver=solver, callback=at_most, **options)
 
-    def tuned(epochs: int, rate: float) -> Row:
-        result = adam(problem.network, problem.train, fit.params, rate, epochs, seed)
-        choice = {"method": "gauss_newton_finetune", "budget_epochs": epochs, "rate": rate, "seed": seed}
-        return choice | cost | outcome(problem, result)
+    def tuned(share: float, epochs: int, rate: float) -> Row:
+        before = next(row for row in watch.rows if row["examples"] >= int(share * n))
+        cost = {f"fit_{key}": with_flops(problem, solver, before, watch.examples)[key] for key in COSTS}
+        result = adam(problem.network, problem.train, before["params"], rate, epochs, seed)
+        choice = {"method": "gauss_newton_finetune", "fit_share": share, "budget_epochs": epochs}
+        return choice | {"rate": rate, "seed": seed} | cost | outcome(problem, result)
 
     rows: list[Row] = []
-    for epochs, first in rates.items():
-        rows += tried(functools.partial(tuned, epochs), first, setting.extensions if len(first) > 1 else 0)
-    return rows
+    for recipe, first in rates.items():
+        rows += tried(functools.partial(tuned, *recipe), first, setting.extensions if len(first) > 1 else 0)
+    return {"seed": seed, "rows": rows, "seconds_per_epoch": slices.per_epoch()}
 
 
 def paper(problem: Problem, setting: Setting, seed: int) -> list[Row]:
@@ -407,14 +411,17 @@ class Job(jobs.Job):
         return self.kept(method, run, trained, self.problem, choice)
 
     def _fine_tuned(self) -> list[Row]:
-        """All runs: every rate on the first seed, the best one for each number of epochs on the others."""
+        """All runs: every rate on the first seed, the best one for each recipe on the others."""
         first, *others = self.setting.seeds
-        rates: dict[int, Sequence[float]] = dict.fromkeys(self.setting.finetune_epochs, FINETUNE_RATES)
-        rows = self._fine_tuned_once(first, rates)
-        rates = {epochs: (lowest(of_budget(rows, epochs))["rate"],) for epochs in rates}
-        return rows + [row for seed in others for row in self._fine_tuned_once(seed, rates)]
+        recipes = itertools.product(FINETUNE_SHARES, self.setting.finetune_epochs)
+        tuning = self._fine_tuned_once(first, dict.fromkeys(recipes, FINETUNE_RATES))
+        runs: dict[Recipe, list[Row]] = {}
+        for row in tuning["rows"]:
+            runs.setdefault((row["fit_share"], row["budget_epochs"]), []).append(row)
+        rates = {recipe: (lowest(rows)["rate"],) for recipe, rows in runs.items()}
+        return [tuning, *(self._fine_tuned_once(seed, rates) for seed in others)]
 
-    def _fine_tuned_once(self, seed: int, rates: dict[int, Sequence[float]]) -> list[Row]:
+    def _fine_tuned_once(self, seed: int, rates: Mapping[Recipe, Sequence[float]]) -> Row:
         run, arguments = f"seed={seed}", (self.problem, self.setting, seed, rates)
         return self.kept("gauss_newton_finetune", run, fine_tuned, *arguments)
 
@@ -445,6 +452,7 @@ class Job(jobs.Job):
             **dataclasses.asdict(setting),
             "ladders": ladders,
             "finetune_rates": FINETUNE_RATES,
+            "finetune_shares": FINETUNE_SHARES,
             "paper": recipe,
             "solvers": solvers,
             "growth": growth,
@@ -475,11 +483,12 @@ class Pricing:
         return {method: self._of(method, found) for method, found in parts.items()}
 
     def _of(self, method: str, found: list[Row]) -> list[Row]:
-        if method in SOLVERS:
-            return [row for fit in found for row in self._fitted(fit)]
+        if method in OURS:
+            priced = self._fitted if method in SOLVERS else self._fine_tuned
+            return [priced(row, self._speed(fit)) for fit in found for row in fit["rows"]]
         if method == "paper":
             return [row | self._cost(row["sample_grads"], f"adam-{PAPER_BATCH}") for row in found]
-        return [(self._first_order if method in OPTIMIZERS else self._fine_tuned)(row) for row in found]
+        return [self._first_order(row) for row in found]
 
     def _cost(self, sample_grads: float, kind: str) -> Row:
         price = self.problem.price
@@ -492,13 +501,18 @@ class Pricing:
         cost = self._cost(row["budget_epochs"] * self.problem.price.examples, kind)
         return row | {"own_seconds": row.get("seconds")} | cost
 
-    def _fitted(self, fit: Row) -> list[Row]:
+    def _speed(self, fit: Row) -> float:
         """Where first-order training took longer beside this fit than beside the median one, so did the fit."""
         own = fit["seconds_per_epoch"]
-        speed = statistics.median(self.per_epoch[kind] / own[kind] for kind in own)
-        return [row | {"seconds": row["seconds"] * speed, "own_seconds": row["seconds"]} for row in fit["rows"]]
+        return statistics.median(self.per_epoch[kind] / own[kind] for kind in own)
 
-    def _fine_tuned(self, row: Row) -> Row:
+    def _fitted(self, row: Row, speed: float) -> Row:
+        return row | {"seconds": row["seconds"] * speed, "own_seconds": row["seconds"]}
+
+    def _fine_tuned(self, row: Row, speed: float) -> Row:
+        """own_seconds are those of the fit."""
+        own = row["fit_seconds"]
+        row = row | {"fit_seconds": own * speed, "own_seconds": own}
         cost = self._cost(row["budget_epochs"] * self.problem.price.examples, "adam-128")
         return row | {key: row[f"fit_{key}"] + cost[key] for key in COSTS}
 

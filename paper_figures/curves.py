@@ -13,7 +13,7 @@ RESULTS = {"full_loss": "training loss", "test_accuracy": "test accuracy"}
 BUDGETS = {"adam": ("Adam, tuned", style.BLACK, "o"), "sgd": ("SGD with momentum, tuned", style.GREY, "s")}
 RUNS = {
     "gauss_newton": ("Gauss-Newton", style.BLUE, ""),
-    "gauss_newton_finetune": ("Gauss-Newton on half, then Adam", style.SKY, "x"),
+    "gauss_newton_finetune": ("Gauss-Newton on part, then Adam", style.SKY, "x"),
     "lbfgs": ("L-BFGS", style.GREEN, ""),
     "paper": ("the paper's recipe", style.ORANGE, "^"),
 }
