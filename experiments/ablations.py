@@ -247,10 +247,10 @@ class Job(jobs.Job):
         """Those at which losses are compared, in sample_grads."""
         return [cost * self.problem.price.examples for cost in self.costs]
 
-    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
+    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict]:
         """A curve a study, of all its runs; medians at the common costs."""
         curves = {study: columns(rows) for study, rows in parts.items()}
-        return self.config(), curves, {study: self._summary(study, rows) for study, rows in parts.items()}
+        return curves, {study: self._summary(study, rows) for study, rows in parts.items()}
 
     def _summary(self, study: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Losses at the common costs: by variant, then one list a seed, and their medians."""

@@ -427,14 +427,14 @@ class Job(jobs.Job):
 
     # --- the record ------------------------------------------------------------------------------------------------
 
-    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
+    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict]:
         """A curve a method, of all its runs; the races."""
         per_epoch = seconds_per_epoch(parts["gauss_newton"])
         rows = Pricing(self.problem, per_epoch).rows(parts)
         rivals = [method for method in METHODS if method not in OPTIMIZERS]
         final = races.summary(rows, self.setting.budgets, rivals) | {"seconds_per_epoch": per_epoch}
         final |= {"status": {name: [part["status"] for part in parts[name]] for name in SOLVERS if name in parts}}
-        return self.config(), {method: columns(rows[method]) for method in METHODS}, final
+        return {method: columns(rows[method]) for method in METHODS}, final
 
     def config(self) -> dict[str, Any]:
         """What the result depends on, in full."""

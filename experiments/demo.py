@@ -146,11 +146,11 @@ class Job(jobs.Job):
 
     # --- the record ------------------------------------------------------------------------------------------------
 
-    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
+    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict]:
         """The curves and final numbers of all methods."""
         curves = {key: curve for part in parts.values() for key, curve in part["curves"].items()}
         final = {key: value for part in parts.values() for key, value in part["final"].items()}
-        return self.config(), curves, final
+        return curves, final
 
     def config(self) -> dict[str, Any]:
         """What the result depends on, in full."""

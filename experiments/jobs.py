@@ -64,8 +64,12 @@ class Job(abc.ABC):
         """The result of a part, as JSON can hold it."""
 
     @abc.abstractmethod
-    def contents(self, parts: dict[str, Any]) -> tuple[Mapping, Mapping, Mapping]:
-        """The record's config, curves and final, from the results of all parts."""
+    def config(self) -> Mapping:
+        """What the results depend on, in full; what was kept under another one is refused."""
+
+    @abc.abstractmethod
+    def contents(self, parts: dict[str, Any]) -> tuple[Mapping, Mapping]:
+        """The record's curves and final, from the results of all parts."""
 
     @property
     def record_path(self) -> Path:
@@ -79,6 +83,11 @@ class Job(abc.ABC):
     def _runs(self, part: str) -> list[Path]:
         """The runs of a part that are kept each."""
         return sorted((self.folder / part).glob("*.json"))
+
+    def _files(self, part: str) -> list[Path]:
+        """All that is kept of a part."""
+        path = self.path(part)
+        return [*([path] if path.exists() else []), *self._runs(part)]
 
     def done(self, part: str) -> bool:
         """Whether a part needs no run."""
@@ -109,28 +118,42 @@ class Job(abc.ABC):
             self.path(part).unlink(missing_ok=True)
             shutil.rmtree(self.folder / part, ignore_errors=True)
 
+    def check(self, anew: Collection[str]) -> None:
+        """Exits where what a record is still to be made of, but for parts to run anew, has another configuration."""
+        made = self.record_path.exists() and not anew
+        parts = [] if made else [part for part in self.parts if part not in anew]
+        files = [path for part in parts for path in self._files(part)]
+        config = self.config() if files else {}
+        for path in files:
+            changed = records.changed(path, config)
+            if changed:
+                sys.exit(
+                    f"{path} was kept with another {', '.join(changed)}, and one record is of one configuration. "
+                    f"Run all of {self.name} anew by --again, or name another --out."
+                )
+
     def run(self, part: str) -> None:
         """Run one part, unless it is done."""
         if self.done(part):
             print(f"{self.name}, {part}: has a result already (--again runs it anew)")
             return
         print(f"{self.name}: {part}", flush=True)
-        records.keep(self.measure(part), self.path(part))
+        records.keep(self.measure(part), self.path(part), self.config())
 
     def kept(self, part: str, run: str, measure: Callable[..., Any], *arguments: Any) -> Any:
         """What one run of a part gave, now or when it was run."""
         path = self.folder / part / f"{run}.json"
         if not path.exists():
             print(f"{self.name}: {part}, {run}", flush=True)
-            records.keep(measure(*arguments), path)
+            records.keep(measure(*arguments), path, self.config())
         return records.kept(path)
 
     def record(self) -> dict[str, Any]:
         """The record, put together from its parts the first time."""
         if not self.record_path.exists():
             parts = {part: records.kept(self.path(part)) for part in self.parts}
-            made_of = [path for part in self.parts for path in (self.path(part), *self._runs(part))]
-            record = records.new(self.experiment, self.name, *self.contents(parts), made_of)
+            made_of = [path for part in self.parts for path in self._files(part)]
+            record = records.new(self.experiment, self.name, self.config(), *self.contents(parts), made_of)
             records.write(record, self.arguments.results)
         print(f"record: {self.record_path}")
         return records.read(self.record_path)
@@ -144,8 +167,10 @@ def run(jobs: Iterable[Job], arguments: Options, part: str | None) -> Iterator[d
             job.show()
             continue
         parts = [name for name in job.parts if part in (None, name)]
-        if arguments.again:
-            job.forget(parts)
+        anew = parts if arguments.again else []
+        job.check(anew)
+        if anew:
+            job.forget(anew)
         for name in parts:
             job.run(name)
         if job.complete():

@@ -40,14 +40,22 @@ def write(record: dict, results: Path = RESULTS) -> Path:
     return _replace(path, _dumps(record))
 
 
-def keep(result: Any, path: Path) -> Path:
+def keep(result: Any, path: Path, config: Mapping) -> Path:
     """Write a finished part of a record, whole or not at all, for the run that goes on with the others."""
-    return _replace(path, json.dumps({"environment": environment(), "result": result}))
+    return _replace(
+        path, json.dumps({"environment": environment(), "config": _plain(config, "config"), "result": result})
+    )
 
 
 def kept(path: Path) -> Any:
     """The result of a finished part; ValueError: it was kept in another form."""
     return _kept(path)["result"]
+
+
+def changed(path: Path, config: Mapping) -> list[str]:
+    """What is not in this configuration as it was when a part was kept, by name."""
+    before, now = _kept(path)["config"], _plain(config, "config")
+    return [name for name in before | now if name not in before or name not in now or before[name] != now[name]]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -96,7 +104,7 @@ def _common(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _kept(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.keys() != {"environment", "result"}:
+    if not isinstance(content, dict) or content.keys() != {"environment", "config", "result"}:
         raise ValueError(f"{path} was kept by another version of this code: give --again, or remove it.")
     return content
 

@@ -587,7 +587,7 @@ class Job:
         path = self.path(point)
         if not path.exists():
             print(f"{self.name}: {path.stem}", flush=True)
-            records.keep(in_own_process({"part": self.plain_name} | point), path)
+            records.keep(in_own_process({"part": self.plain_name} | point), path, point)
         return records.kept(path)
 
 

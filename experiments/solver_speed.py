@@ -296,11 +296,11 @@ class Job(jobs.Job):
 
     # --- the record ------------------------------------------------------------------------------------------------
 
-    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict, dict]:
+    def contents(self, parts: dict[str, Any]) -> tuple[dict, dict]:
         """A curve a solver; the race."""
         parts = steadied(parts, self.setting.steps)
         curves = {name: self._priced(part["curve"]) for name, part in parts.items() if name in RUNS}
-        return self.config(), curves, summary(parts, self.setting.steps)
+        return curves, summary(parts, self.setting.steps)
 
     def _priced(self, curve: dict[str, list]) -> dict[str, list]:
         """The curve with its other two costs; operations are the model's, not the solver's own algebra."""

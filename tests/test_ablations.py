@@ -20,9 +20,15 @@ def few_studies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablations, "STUDIES", kept)
 
 
-def test_each_study_is_kept_and_the_record_is_made_once(few_studies: None, smoke):
+def test_each_study_is_kept_and_the_record_is_made_once(few_studies: None, smoke, monkeypatch: pytest.MonkeyPatch):
     run, folder = smoke(ablations)
     run("--only", "problem=digits,study=defaults")
+    with monkeypatch.context() as changed:
+        changed.setitem(ablations.SEEDS, "digits", (7,))
+        for other in ("warm-up", "draws"):
+            with pytest.raises(SystemExit, match=r"defaults.* was kept with another seeds, and .* anew by --again"):
+                run("--only", f"problem=digits,study={other}", "--again")
+        assert len(list(folder.rglob("*.json"))) == 2  # the part and its run
     assert not list(folder.glob("results/**/*.json"))
     assert "defaults: has a result already" in run("--only", "problem=digits")
     record = read(folder / "results" / "ablations" / "digits-smoke.json")

@@ -1,5 +1,6 @@
 """Cost to a loss on a tiny problem: it runs, resumes, tunes and interpolates; and its figure."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def test_a_gpu_prices_the_first_order_runs_of_cpus_at_its_own_seconds(committed:
     rows = [{"seed": seed} | row for seed, row in zip(newton["seed"], rows, strict=True)]
     epoch = dict.fromkeys(("adam-128", "adam-512", "sgd-128", "sgd-512"), 0.01)
     parts["gauss_newton"] = [{"status": "CONVERGED", "seconds_per_epoch": epoch, "rows": rows}]
-    record = records.new("cost_to_loss", job.name, *job.contents(parts))
+    record = records.new("cost_to_loss", job.name, job.config(), *job.contents(parts))
     records.write(record, tmp_path)
     mine, theirs = (found["final"]["targets"]["100"] for found in (record, committed))
     assert mine.keys() == {"adam", "sgd", "gauss_newton"}
@@ -169,7 +170,7 @@ def test_run_that_diverges_has_no_loss(rate: float, tmp_path: Path):
     assert row["full_loss"] is None
     assert row["test_accuracy"] is None
     assert row["sample_grads"] == 300
-    assert records.kept(records.keep(row, tmp_path / "row.json")) == row
+    assert records.kept(records.keep(row, tmp_path / "row.json", {})) == row
 
 
 def test_inputs_are_standardised_over_the_training_examples():
@@ -198,7 +199,8 @@ class Grid:
 def test_interrupted_grid_goes_on_with_its_first_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     grid = Grid()
     monkeypatch.setattr(cost_to_loss, "trained", grid)
-    job = Job("cifar16", Arguments(out=tmp_path, results=tmp_path))
+    monkeypatch.setitem(cost_to_loss.SETTINGS, "digits", cost_to_loss.SETTINGS["cifar16"])
+    job = Job("digits", Arguments(out=tmp_path, results=tmp_path))
     with pytest.raises(KeyboardInterrupt):
         job.run("adam")
     assert not job.done("adam")
@@ -210,6 +212,40 @@ def test_interrupted_grid_goes_on_with_its_first_unfinished_run(tmp_path: Path, 
     assert [choice["seed"] for choice in grid.made if choice["budget_epochs"] == 1000] == [0, 1, 2]
     assert {(c["rate"], c["batch_size"]) for c in grid.made if c["budget_epochs"] == 1000} == {(1e-2, 128)}
     assert {c["batch_size"] for c in grid.made if c["budget_epochs"] == 300} == {128, 512}
+
+
+def test_fine_tuning_is_tuned_for_each_share_and_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def adam(_network: Any, _train: Any, params: Any, rate: float, epochs: int, _seed: int) -> Any:
+        """The more there is left to learn, the larger the best rate."""
+        examples, _ = params
+        return {"full_loss": abs(math.log(rate * examples / epochs)) / examples}
+
+    def fit_subset(_network: Any, _train: Any, callback: Any, **_: Any) -> None:
+        for step, examples in enumerate((100, 200, 400, 718), start=1):
+            seen = Progress(0, examples, 1.0, step, 1.0, None, 0.1, 100.0 * step, 1.0 * step, params=(examples, step))
+            assert callback(seen) == (examples == 718)
+
+    for name, fake in {"adam": adam, "fit_subset": fit_subset, "outcome": lambda _, result: result}.items():
+        monkeypatch.setattr(cost_to_loss, name, fake)
+    monkeypatch.setattr(cost_to_loss, "Slices", lambda _: FakeSlices())
+    tuning, *others = Job("digits", Arguments(out=tmp_path, results=tmp_path)).measure("gauss_newton_finetune")
+    chosen = {(row["fit_share"], row["budget_epochs"]): row for row in others[0]["rows"]}
+    assert chosen.keys() == set(itertools.product(cost_to_loss.FINETUNE_SHARES, (3, 10)))
+    assert {row["seed"] for part in others for row in part["rows"]} == {1, 2}
+    assert len(tuning["rows"]) > 4 * len(cost_to_loss.FINETUNE_RATES)  # some had to go beyond an edge
+    for (share, epochs), row in chosen.items():
+        examples = 200 if share < 0.5 else 718
+        assert row["rate"] == min(cost_to_loss.RATES, key=lambda rate: abs(math.log(rate * examples / epochs)))
+        assert row["fit_sample_grads"] == (200 if share < 0.5 else 400)
+
+
+class FakeSlices:
+    """Slices that take no time."""
+
+    def add(self) -> None: ...
+
+    def per_epoch(self) -> Row:
+        return {"adam-128": 1.0}
 
 
 # --- fits ----------------------------------------------------------------------------------------------------------

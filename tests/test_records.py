@@ -130,9 +130,9 @@ def test_environment_tells_versions_and_device_but_no_machine(record: dict):
 
 def test_record_has_the_environments_of_its_parts(monkeypatch: Patch, tmp_path: Path):
     monkeypatch.setattr(records, "environment", lambda: {"git_commit": "a", "cores": 2})
-    early = records.keep([1.0], tmp_path / "early.json")
+    early = records.keep([1.0], tmp_path / "early.json", {})
     monkeypatch.setattr(records, "environment", lambda: {"git_commit": "b", "cores": 2})
-    late = records.keep([2.0], tmp_path / "late.json")
+    late = records.keep([2.0], tmp_path / "late.json", {})
     assert records.kept(early) == [1.0]
     assert records.new("demo", "digits", {}, {}, {}, [early])["environment"] == {"git_commit": "a", "cores": 2}
     both = records.new("demo", "digits", {}, {}, {}, [early, late, early])
