@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from subsetopt.devices import Devices, Kernel
-from subsetopt.pages import Pages, trim
+from subsetopt.pages import Pages, gathered, trim
 
 _MANY = 1 << 18  # examples of which a number each fills a megabyte
 _AHEAD = 2  # blocks sent and not yet done: one that computes, one that waits; memory stays that of few blocks
@@ -119,9 +119,9 @@ def _block(data: Any, sample: Sample, extra: Any, start: int, width: int) -> tup
     places = np.minimum(places, sample.count - 1)
     indices = sample.indices[places]
     weights = np.where(inside, sample.weights[places], 0).astype(sample.weights.dtype)
-    if np.all(np.diff(indices) == 1):
-        indices = slice(indices[0], indices[-1] + 1)  # a view, not a copy
-    return (*(np.asarray(a[indices]) for a in data), weights, *(a[places] for a in extra))
+    neighbours = np.all(np.diff(indices) == 1)
+    rows = (np.asarray(a[indices[0] : indices[-1] + 1]) if neighbours else gathered(a, indices) for a in data)
+    return (*rows, weights, *(a[places] for a in extra))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pages of memory that are given back: memory-mapped data's to the file, freed arrays' to the system."""
+"""Memory: pages that are given back, to the file or to the system, and arrays that JAX reads where they are."""
 
 import ctypes
 import mmap
@@ -10,6 +10,7 @@ import numpy as np
 
 _RELEASE = 64 << 20  # bytes read after which the pages are given back
 _PIECE = 4096  # rows that are looked at together
+_ALIGNED = 64  # bytes: an array that begins elsewhere JAX copies before every program on a CPU
 # None where the C library has no such function.
 _malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
@@ -33,6 +34,22 @@ class Pages:
         for file in self._maps:
             file.madvise(mmap.MADV_DONTNEED)
         self._bytes = 0
+
+
+def aligned(values: np.ndarray) -> np.ndarray:
+    """The array itself, or a copy of it, at an address that JAX reads without a copy of its own."""
+    if values.flags.c_contiguous and values.ctypes.data % _ALIGNED == 0:
+        return values
+    return gathered(values, np.arange(len(values)))
+
+
+def gathered(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """values[indices], at such an address."""
+    size = len(indices) * values[:1].nbytes
+    memory = np.empty(size + _ALIGNED, np.uint8)
+    start = -memory.ctypes.data % _ALIGNED
+    rows = memory[start : start + size].view(values.dtype).reshape(len(indices), *values.shape[1:])
+    return np.take(values, indices, axis=0, out=rows, mode="clip")  # else it takes them to another place first
 
 
 def trim() -> None:

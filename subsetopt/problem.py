@@ -24,7 +24,7 @@ from subsetopt.drivers import Compiled, Host, Sample
 from subsetopt.linalg import add_gram, norm
 from subsetopt.losses import LOSSES, Loss, resolve
 from subsetopt.model import Constants, Model, Params, Shape, prepare
-from subsetopt.pages import pieces
+from subsetopt.pages import aligned, pieces
 
 # Price of one example in sample_grads.
 GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
@@ -428,7 +428,7 @@ def make_problem(
         objective = Objective(own_model, resolve(loss))
         outputs = _checked_outputs(objective, loss, w, constants, x, y)
         size = own.even(min(block_size or _default_block(own, objective, w, constants, x, y), len(x)))
-        x, y = (np.asarray(a) if isinstance(a, jax.Array) else a for a in (x, y))
+        x, y = (_in_place(np.asarray(a) if isinstance(a, jax.Array) else a) for a in (x, y))
         subset, weights, count = subset_of(np.arange(len(x), dtype=np.int32), np.dtype(w.dtype))
         static = (objective, Host(own), size, w.size, outputs, np.dtype(w.dtype))
         problem = Problem(*static, constants, x, y, subset, weights, count, seed=int(seed), l2=float(l2))
@@ -458,6 +458,11 @@ def checksum(values: Any) -> str:
     for _, piece in pieces(values):
         crc = zlib.crc32(piece.astype(dtype).tobytes(), crc)
     return f"{crc:08x}"
+
+
+def _in_place(values: np.ndarray) -> np.ndarray:
+    """Where JAX reads it without a copy for each evaluation, if it is small."""
+    return aligned(values) if values.nbytes <= _SMALL and not isinstance(values, np.memmap) else values
 
 
 def _default_block(own: Devices, objective: Objective, w: Array, constants: Constants, x: Any, y: Any) -> int:

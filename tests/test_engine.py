@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from problems import problems
 
-from subsetopt import LBFGS, GaussNewton, Growth, drivers, fit_subset
+from subsetopt import LBFGS, GaussNewton, Growth, drivers, fit_subset, pages, problem
 from subsetopt.curvature import PRECISIONS
 from subsetopt.devices import Devices, cost_analysis
 from subsetopt.problem import Problem, counted, make_problem, placed
@@ -202,6 +202,41 @@ def test_memory_mapped_data_are_like_any_other(tmp_path: Path, solver: Any):
     plain, streamed = fit(solver, driver="host", **options), fit(solver, (mapped, MLP.y), **options)
     np.testing.assert_array_equal(streamed.history["loss"], plain.history["loss"])
     assert streamed.driver == "host"
+
+
+def misaligned(values: np.ndarray) -> np.ndarray:
+    """A copy that begins 4 bytes past where JAX could read it in place."""
+    memory = np.empty(values.nbytes + 68, np.uint8)
+    start = -memory.ctypes.data % 64 + 4
+    copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+def test_small_data_are_held_where_jax_reads_them_and_large_ones_not_twice(monkeypatch: pytest.MonkeyPatch):
+    def held(x: np.ndarray) -> np.ndarray:
+        return make_problem(MLP.apply, (x, MLP.y), MLP.params, loss=MLP.loss)[0].x
+
+    x = misaligned(MLP.x)
+    small = held(x)
+    assert small.ctypes.data % 64 == 0
+    np.testing.assert_array_equal(small, MLP.x)
+    assert held(small) is small
+    monkeypatch.setattr(problem, "_SMALL", 0)
+    assert held(x) is x
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8, bool, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (7, 2, 5), (7, 0)])
+def test_gathered_rows_are_those_of_an_index(dtype: Any, shape: tuple[int, ...]):
+    values = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    indices = np.array([6, 0, 0, 3])
+    for whole in (values, np.asfortranarray(values), values[::-1]):
+        rows = pages.gathered(whole, indices)
+        assert rows.dtype == whole.dtype
+        assert rows.size == 0 or rows.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(rows, whole[indices])
+        np.testing.assert_array_equal(pages.aligned(whole), whole)
 
 
 TRIM = """if True:
