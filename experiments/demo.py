@@ -78,7 +78,7 @@ def main(arguments: Arguments) -> None:
 class Job(jobs.Job):
     """One data set, a part a method."""
 
-    experiment, labels = "demo", ("dataset", "method")
+    experiment, labels = "demo", ("--dataset", "method")
 
     def __init__(self, arguments: Arguments):
         super().__init__(arguments.dataset, METHODS, arguments, arguments.seed)

@@ -5,8 +5,10 @@ within it.
 """
 
 import abc
+import contextlib
 import dataclasses
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +49,7 @@ def chosen(only: str | None, names: Mapping[str, Collection[str]]) -> dict[str, 
 class Job(abc.ABC):
     """One record and its parts.
 
-    experiment: whose. labels: what its records and their parts are called in `--only` and `--list`.
+    experiment: whose. labels: what its records and their parts are called in the command and in `--list`.
     """
 
     experiment: ClassVar[str]
@@ -138,14 +140,18 @@ class Job(abc.ABC):
             print(f"{self.name}, {part}: has a result already (--again runs it anew)")
             return
         print(f"{self.name}: {part}", flush=True)
-        records.keep(self.measure(part), self.path(part), self.config())
+        with interrupts():
+            result = self.measure(part)
+        records.keep(result, self.path(part), self.config())
 
     def kept(self, part: str, run: str, measure: Callable[..., Any], *arguments: Any) -> Any:
         """What one run of a part gave, now or when it was run."""
         path = self.folder / part / f"{run}.json"
         if not path.exists():
             print(f"{self.name}: {part}, {run}", flush=True)
-            records.keep(measure(*arguments), path, self.config())
+            with interrupts():
+                result = measure(*arguments)
+            records.keep(result, path, self.config())
         return records.kept(path)
 
     def record(self) -> dict[str, Any]:
@@ -157,6 +163,25 @@ class Job(abc.ABC):
             records.write(record, self.arguments.results)
         print(f"record: {self.record_path}")
         return records.read(self.record_path)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Ctrl-C ends what is measured, too: a fit takes it for the wish to end early, and gives a result."""
+    handler: Any = signal.getsignal(signal.SIGINT)
+    pressed: list[bool] = []
+
+    def note(*arguments: Any) -> None:
+        pressed.append(True)
+        handler(*arguments)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def run(jobs: Iterable[Job], arguments: Options, part: str | None) -> Iterator[dict[str, Any]]:

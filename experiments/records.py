@@ -55,7 +55,7 @@ def kept(path: Path) -> Any:
 def changed(path: Path, config: Mapping) -> list[str]:
     """What is not in this configuration as it was when a part was kept, by name."""
     before, now = _kept(path)["config"], _plain(config, "config")
-    return [name for name in before | now if name not in before or name not in now or before[name] != now[name]]
+    return [name for name in before | now if name not in before or name not in now or _other(before[name], now[name])]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -107,6 +107,13 @@ def _kept(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.keys() != {"environment", "config", "result"}:
         raise ValueError(f"{path} was kept by another version of this code: give --again, or remove it.")
     return content
+
+
+def _other(before: Any, now: Any) -> bool:
+    """Whether they differ; of two groups what both have, for a study or a library may have come in between."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_other(before[name], now[name]) for name in before.keys() & now.keys())
+    return before != now
 
 
 def _git() -> dict[str, Any]:

@@ -37,7 +37,7 @@ def figure(record: dict) -> Figure:
     style.label_ticks(axes.xaxis)
     epochs = record["config"]["epochs"][-1]
     axes.set_xlabel(f"training loss after {epochs} epochs of cost, over the median with the defaults")
-    drawn.suptitle(f"{record['name']}: right of the line the change costs, left of it it pays")
+    drawn.suptitle(f"{record['name']}: left of the line the loss is lower, right of it higher")
     return drawn
 
 

@@ -7,7 +7,8 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from subsetopt.devices import Devices
 from subsetopt.timing import Stopwatch
 
 _SAVING = 20  # a save for so many times its duration
+_FAILS = 2  # a process's vote, where others are 0 and 1: going on and stopping
 _WAY_OUT = "pass an empty folder, or the arguments of the first call"
 
 
@@ -27,11 +29,11 @@ class Checkpoint:
     """A folder that holds the latest state of one run; None as path: nothing is saved.
 
     run: JSON-ready description of the run. Resuming with another one is refused: the result would be neither's.
-    process: of several, the first one saves; all of them load, so the folder has to be one that all can read.
+    devices: of the run. Of its processes the first one saves; all of them load, so all have to see the folder.
     """
 
-    def __init__(self, path: str | Path | None, run: dict[str, Any], process: int = 0):
-        self._process, self.run = process, run
+    def __init__(self, path: str | Path | None, run: dict[str, Any], devices: Devices):
+        process, self._saves, self.run = devices.process, devices.first == 0, run
         self._saved, self._took = time.perf_counter(), 0.0  # when, and how long it took
         self._manager: Any = None
         if path is not None:
@@ -53,19 +55,25 @@ class Checkpoint:
         if self._manager is None or (step := self._manager.latest_step()) is None:
             return None
         args = self._ocp.args.Composite(tree=self._ocp.args.StandardRestore(), record=self._ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)
-        self._check_same_run(saved["record"]["run"])
+        try:
+            saved = self._manager.restore(step, args=args)
+            before, content = saved["record"]["run"], saved["record"]["content"]
+        except Exception as error:  # orbax and its files have many
+            must = "be a folder that a call like this one has saved to"
+            checks.require(False, "checkpoint", must, f"in its {step} {type(error).__name__}: {error}", _WAY_OUT)
+            raise
+        self._check_same_run(before)
         leaves, structure = jax.tree.flatten(like)
         checks.same_shapes("checkpoint", "hold the arrays of this run", saved["tree"], _arrays(leaves), _WAY_OUT)
         found = [_unpacked(saved["tree"].get(name, leaf), leaf) for name, leaf in _numbered(leaves).items()]
-        return jax.tree.unflatten(structure, found), saved["record"]["content"]
+        return jax.tree.unflatten(structure, found), content
 
     def save(self, tree: Any, content: dict[str, Any], now: bool = False) -> bool:
         """Keep this state, if `now` or if the last save is so long ago that all take a twentieth of the time."""
         due = now or time.perf_counter() - self._saved > _SAVING * self._took
-        if self._manager is None or self._process > 0 or not due:
+        if self._manager is None or not self._saves or not due:
             return False
-        with _ctrl_c_later():
+        with _signals_later():
             self._save(tree, content)
         return True
 
@@ -102,6 +110,7 @@ class Resumable:
         self.watch = Stopwatch()
         self.point: dict[str, Any] = {}  # the last complete step
         self._saved: dict[str, Any] = self.point
+        self._pressed = False  # Ctrl-C, where it is a vote
 
     def resume(self, saver: Checkpoint) -> bool:
         """Whether there is something to go on from; then it stands there, and every process at the same step."""
@@ -118,9 +127,39 @@ class Resumable:
         self.restore(tree)
         self.point = self._saved = self._stands()
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """For a run and its result: of several processes none leaves what the others wait in; Ctrl-C is a vote.
+
+        A second Ctrl-C leaves them alone.
+        """
+        if not self.devices.of_several_processes:
+            yield
+            return
+        with _signal(signal.SIGINT, self._vote_to_stop):
+            yield
+
+    def _vote_to_stop(self, handler: Callable[[int, Any], Any]) -> None:
+        if self._pressed:
+            handler(signal.SIGINT, None)
+        self._pressed = True
+
     def stopped_by(self, callback: Any, progress: Any) -> bool:
-        """Whether the callback wants to stop, here or in another process, whose next evaluation would wait for all."""
-        return callback is not None and any(self.devices.of_each_process(bool(callback(progress))))
+        """Whether the callback or Ctrl-C wants to stop, here or in another process; all of them ask.
+
+        A callback that raises does so once the others know: their next evaluation would wait for this process.
+        """
+        failure, stops = None, False
+        try:
+            stops = callback is not None and bool(callback(progress))
+        except Exception as error:
+            failure = error
+        vote = _FAILS if failure is not None else int(stops or self._pressed)
+        votes = self.devices.of_each_process(vote)
+        if failure is not None:
+            raise failure
+        self.devices.none_lost(_FAILS in votes)
+        return any(votes)
 
     def tree(self, values: dict[str, Any]) -> Any:
         """What is saved of the values of `arrays`."""
@@ -142,8 +181,12 @@ class Resumable:
             yield
         except BaseException:  # of the keyboard, of a callback, of a device
             vars(self).update(self.point)
-            with contextlib.suppress(Exception, KeyboardInterrupt):
+            try:
                 self._save(now=True)
+            except KeyboardInterrupt:  # which waited until it was
+                pass
+            except Exception as error:
+                warnings.warn(f"The last complete step is not saved: {error!r}", stacklevel=2)
             raise
         with contextlib.suppress(KeyboardInterrupt):
             self._save(now=True)
@@ -162,19 +205,29 @@ class Resumable:
 
 
 @contextlib.contextmanager
-def _ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C waits for the end: half a checkpoint, which orbax's threads go on writing, is in the next one's way."""
-    handler, pressed = signal.getsignal(signal.SIGINT), []
+def _signals_later() -> Iterator[None]:
+    """What would raise in here waits for the end: half a checkpoint, which orbax goes on writing, is in the way."""
+    came: list[signal.Signals] = []
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.enter_context(_signal(number, lambda _, number=number: came.append(number)))
+        yield
+    for number in came:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def _signal(number: signal.Signals, then: Callable[[Any], Any]) -> Iterator[None]:
+    """A signal that a handler of Python's would take calls `then` with that handler instead."""
+    handler = signal.getsignal(number)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):  # nothing comes up in here
         yield
         return
-    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    signal.signal(number, lambda *_: then(handler))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        handler(signal.SIGINT, None)
+        signal.signal(number, handler)
 
 
 def _agree(before: Any, now: Any) -> bool:

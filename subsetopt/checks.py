@@ -79,6 +79,13 @@ def folder(name: str, value: Any) -> None:
     require(fits, name, "be the path of a folder, or None", repr(value), f"pass for example {name}='folder'")
 
 
+def same_everywhere(shown: list[int]) -> None:
+    """All processes have shown the same."""
+    must, found = "be the same, as params and seed, in every process", f"checksums {shown}"
+    way_out = "give each the whole of the data, or devices=jax.local_devices() to fit alone"
+    require(len(set(shown)) == 1, "data", must, found, way_out)
+
+
 def same_step(steps: list[int]) -> None:
     """All processes go on from the same step."""
     must, way_out = "hold the same run for every process", "pass a folder that all of them see"
@@ -163,20 +170,23 @@ def optimizer(value: Any, params: Any) -> None:
     hashable("optimizer", value, "make it an optax.GradientTransformation(init, update)")
     try:
         with jax.numpy_dtype_promotion("standard"):
-            jax.eval_shape(lambda p: value.update(p, value.init(p), p), params)
-    except TypeError as error:  # line searches and plateaus want the loss as well
+            updates, _ = jax.eval_shape(lambda p: value.update(p, value.init(p), p), params)
+    except (TypeError, AttributeError) as error:  # line searches want the loss as well, lookahead two sets of params
         must = "update by gradients and parameters alone"
         raise ValueError(f"optimizer must {must}, found one with {str(error)!r}; {way_out}.") from error
+    same_shapes("optimizer", "give updates of the shapes of params", updates, params, way_out)
 
 
-def devices(values: Any, known: type) -> None:
-    """A non-empty sequence of different devices, or None."""
+def devices(values: Any, known: type, process: int) -> None:
+    """A non-empty sequence of different devices of this process, or None."""
     if values is None:
         return
     fits = isinstance(values, list | tuple) and len(values) > 0 and all(isinstance(d, known) for d in values)
     way_out = "pass jax.local_devices() or a part of it, or None for all"
     require(fits, "devices", "be a non-empty list of JAX devices", repr(values), way_out)
     require(len(set(values)) == len(values), "devices", "be different devices", repr(values), "name each once")
+    own = all(device.process_index == process for device in values)
+    require(own, "devices", f"be devices of this process, number {process}", repr(values), way_out)
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -200,11 +210,13 @@ def _array(name: str, value: Any) -> Any:
         value = _by_numpy(name, must, value)
     require(value.dtype.isnative, name, must, f"the byte order of {value.dtype!r}", "cast it with astype")
     real = value.dtype == bool or any(jnp.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating))
-    text = np.issubdtype(value.dtype, np.str_)
+    first = value.reshape(-1)[:1].tolist() if value.dtype == object else []
+    text = np.issubdtype(value.dtype, np.str_) or (bool(first) and isinstance(first[0], str))
     way_out = (
         "encode it, labels for example with np.unique(y, return_inverse=True)[1]" if text else "cast it with astype"
     )
-    way_out = "stack the examples with np.stack" if value.ndim == 0 or value.dtype == object else way_out
+    ragged = value.ndim == 0 or (value.dtype == object and not text)
+    way_out = "stack the examples with np.stack" if ragged else way_out
     require(value.ndim > 0 and real, name, must, _describe(value), way_out)
     return value
 
@@ -395,7 +407,7 @@ def parameter_dtype(leaves: list[Any]) -> np.dtype:
     """The one floating dtype of all parameters, which are finite."""
     require(leaves, "params", "hold at least one array", "an empty tree", "pass the model's parameters")
     found = sorted({str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype) for leaf in leaves})
-    cast = "cast them with jax.tree.map(lambda p: p.astype('float32'), params)"
+    cast = "cast them with jax.tree.map(lambda p: np.asarray(p, 'float32'), params)"
     require(len(found) == 1, "params", "have one dtype", " and ".join(found), cast)
     require(found[0] in ("float32", "float64"), "params", "be float32 or float64", found[0], cast)
     x64 = jax.config.read("jax_enable_x64")
@@ -436,7 +448,7 @@ def outputs(out: Any, n: int, dtype: Any) -> None:
     """One floating array with a row an example."""
     is_array = isinstance(out, jax.ShapeDtypeStruct)
     require(is_array, "model", "return one array of outputs", type(out).__name__, "return the logits only")
-    fits = len(out.shape) > 1 and out.shape[0] == n
+    fits = len(out.shape) > 1 and out.shape[0] == n and 0 not in out.shape
     must = f"return outputs of shape ({n}, M) for {n} examples"
     require(fits, "model", must, f"shape {out.shape}", "keep the leading axis, and at least one more")
     must = f"compute in the dtype of params, {dtype}"
@@ -459,6 +471,6 @@ def deterministic(first: np.ndarray, second: np.ndarray) -> None:
     scale = float(np.abs(first).max() + np.abs(second).max())
     difference = float(np.abs(first - second).max())
     fits = difference <= 1e3 * float(np.finfo(first.dtype).eps) * scale
-    way_out = "switch dropout off and freeze batch statistics: no example may influence another"
+    way_out = "switch dropout off, freeze batch statistics, and in a loss of your own broadcast no example to another"
     must = "be the same when evaluated twice, in different company"
     require(fits, "loss", must, f"a difference of {difference:.3g}", way_out)

@@ -85,6 +85,16 @@ class Devices:
         """Number of this process; the first one, 0, does what must be done once."""
         return self.local[0].process_index
 
+    @property
+    def of_several_processes(self) -> bool:
+        """Whether other processes take part."""
+        return len(self.local) < self.count
+
+    def none_lost(self, one_is: bool) -> None:
+        """RuntimeError where another process has failed."""
+        if one_is:
+            raise RuntimeError(_LOST.format(self.process))
+
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Everything else is computed on the first of this process's devices; failed collectives explain themselves."""
@@ -92,7 +102,7 @@ class Devices:
             try:
                 yield
             except jax.errors.JaxRuntimeError as error:
-                if len(self.local) == self.count:
+                if not self.of_several_processes:
                     raise
                 raise RuntimeError(_LOST.format(self.process)) from error
 
@@ -111,7 +121,7 @@ class Devices:
         if self.count == 1:
             return jax.device_put(tree)
         everywhere = NamedSharding(Mesh(np.array(self.all), (AXIS,)), PartitionSpec())
-        if len(self.local) == self.count:
+        if not self.of_several_processes:
             return jax.device_put(tree, everywhere)
         return jax.tree.map(functools.partial(_from_every_process, everywhere), tree)
 
@@ -123,7 +133,7 @@ class Devices:
 
     def of_each_process(self, number: int) -> list[int]:
         """What each process has for this number; all of them have to ask."""
-        if len(self.local) == self.count:
+        if not self.of_several_processes:
             return [number]
         return multihost_utils.process_allgather(np.int32(number)).tolist()
 
@@ -165,7 +175,7 @@ class Devices:
         """The sums over all devices, and per-example values, of which other processes have other rows, complete."""
         if self.count == 1:
             return sums, each
-        if len(self.local) == self.count:
+        if not self.of_several_processes:
             return (self.here(_total_program(self)(sums)) if jax.tree.leaves(sums) else sums), each
         # Rows of other processes are zero here, and the other way round: adding completes them.
         padded = jax.tree.map(lambda a: np.stack([a, *[np.zeros_like(a)] * (len(self.local) - 1)]), each)
@@ -192,7 +202,7 @@ class Devices:
 
 def choose(devices: Sequence[Any] | None) -> Devices:
     """The given devices of this process, or all there are, those of other processes included."""
-    checks.devices(devices, jax.Device)
+    checks.devices(devices, jax.Device, jax.process_index())
     if devices is not None:
         return Devices(tuple(devices), tuple(devices))
     # One process after the other, each with its own together, which is not the order of a TPU pod's numbers.

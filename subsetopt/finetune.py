@@ -68,6 +68,7 @@ class FinetuneResult:
         )
 
 
+_ADAM = optax.adam(1e-3)  # one object, so that equal calls compile their step once
 _MESSAGES = {
     Status.MAX_STEPS: "All epochs are done.",
     Status.CONVERGED: "The validation loss has not improved for `patience` epochs; the best parameters are kept.",
@@ -87,6 +88,7 @@ def finetune(
     trainable: Any = None,
     validation: tuple[Any, Any] | None = None,
     patience: int | None = None,
+    devices: Any = None,
     driver: str = "auto",
     callback: Callable[[Progress], Any] | None = None,
     progress: bool = True,
@@ -95,8 +97,8 @@ def finetune(
     """Train on mini-batches of the full set with an optax optimizer.
 
     Args:
-        model, data, params, loss, trainable, seed: as in `fit_subset`; the seed shuffles (and initialises a linen
-            module when params is None).
+        model, data, params, loss, trainable, seed, devices: as in `fit_subset`; the seed shuffles (and initialises a
+            linen module when params is None). Steps are taken on the first device, losses spread over all.
         optimizer: any optax transformation, schedules included; None: optax.adam(1e-3). It sees the whole parameter
             tree; updates of entries that are not trainable are dropped.
         epochs: passes over the data. The last mini-batch of an epoch may be smaller than `batch_size`.
@@ -118,19 +120,20 @@ def finetune(
     epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)  # JSON knows no NumPy numbers
     checks.function("callback", callback)
     with jax.default_matmul_precision("highest"):  # as in fit_subset: losses that compare
-        problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed)
+        problem, w = make_problem(model, data, params, loss=loss, trainable=trainable, seed=seed, devices=devices)
         own = problem.driver.devices
         with own.context():
             checks.patience(patience, validation)
             watched = None if validation is None else held_out(problem, validation, loss, w)
-            optimizer = optax.adam(1e-3) if optimizer is None else optimizer
+            optimizer = _ADAM if optimizer is None else optimizer
             batch_size = min(batch_size, problem.examples)
             run = _Run(problem, placed(problem, driver), w, optimizer, trainable, batch_size, seed, watched)
             plan = {"call": "finetune", "batch_size": batch_size, "seed": seed}
-            saver = Checkpoint(checkpoint, {} if checkpoint is None else plan | run.description(w), own.process)
-            with Bar("finetune", epochs, progress) as bar:
-                run.loop(epochs, patience, callback, bar, saver)
-            return run.result()
+            saver = Checkpoint(checkpoint, {} if checkpoint is None else plan | run.description(w), own)
+            with run.together():
+                with Bar("finetune", epochs, progress) as bar:
+                    run.loop(epochs, patience, callback, bar, saver)
+                return run.result()
 
 
 class _Run(Resumable):
@@ -204,7 +207,8 @@ class _Run(Resumable):
             return None
         loss = _mean_loss(self.held_out, _flatten(self.problem, self.params))
         self.cost += LOSS * self.held_out.examples
-        if loss < self.best_loss:
+        # NaN is what anything is better than, so that what was trained is kept, and the result tells.
+        if self.best_epoch == 0 or math.isnan(self.best_loss) or loss < self.best_loss:
             self.best, self.best_loss, self.best_epoch = self.params, loss, self.epoch
         return loss
 
@@ -212,10 +216,9 @@ class _Run(Resumable):
         row = (self.epoch, self.steps, loss, validation_loss, self.cost, self.watch.seconds)
         for column, value in zip(self.history.values(), row, strict=True):
             column.append(value)
-        p = self.problem
-        return Progress(
-            -1, p.examples, p.ratio, self.steps, loss, validation_loss, math.nan, self.cost, row[-1], self.params
-        )
+        p, params = self.problem, jax.tree.map(lambda a: a, self.params)  # a callback may change its own tree
+        where = (-1, p.examples, p.ratio, self.steps)
+        return Progress(*where, loss, validation_loss, math.nan, self.cost, row[-1], params)
 
     # --- begin and end ---------------------------------------------------------------------------------------------
 
@@ -303,9 +306,9 @@ def _step(static: tuple[Objective, Any], shared: tuple[Any, Any], at: tuple[Para
         grads = jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, mask)
     with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers, which strict promotion forbids
         updates, opt_state = optimizer.update(grads, opt_state, params)
-    if mask is not None:
-        updates = jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, mask)
-    return (optax.apply_updates(params, updates), opt_state), told
+        if mask is not None:
+            updates = jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, mask)
+        return (optax.apply_updates(params, updates), opt_state), told
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -35,7 +35,8 @@ class FitResult:
 
     params: shaped like the model's own. loss, grad_norm: on the last subset, at params (l2 included); NaN where Ctrl-C
     came while they were measured. n_steps, n_evals: solver steps and evaluations of a subset's loss and gradient.
-    sample_grads: everything the fit computed, in gradients of one example. seconds: without compile_seconds. order:
+    sample_grads: everything the fit computed, in gradients of one example, but a look at 32 examples that checks the
+    model before the start. seconds: without compile_seconds. order:
     (N,) the permutation whose prefixes are the nested subsets; with fresh subsets, the order of the first stages' pool
     with the probe at its end. stages: a row a stage. history: equal-long lists, an entry a step. There `loss` is the
     subset's loss after the step, but before it where the subset is fresh: then it is an all but unbiased look at the
@@ -112,8 +113,9 @@ def fit_subset(
 
     Args:
         model: flax.linen.Module, flax.nnx.Module (in eval mode), or apply(params, x) -> outputs (n, ...).
-        data: (x, y), N examples along the first axis: NumPy arrays, a memmap, or JAX arrays. On a CPU an evaluation
-            of the whole set copies NumPy arrays block by block, which a dense network notices, but not JAX arrays.
+        data: (x, y), N examples along the first axis: NumPy arrays, a memmap, or JAX arrays. On a CPU, NumPy arrays of
+            up to 64 MiB are copied once, to where JAX can read them, larger ones in every evaluation, block by block,
+            which a dense network notices; JAX arrays never.
         params: start; None: linen init from `seed`, or the nnx module's own.
         trainable: bools or boolean arrays shaped like params: what may move. P counts the True entries.
         loss: "softmax_cross_entropy", "squared_error" (1/2 sum of squares), or a function (outputs, y) -> (n,).
@@ -138,12 +140,13 @@ def fit_subset(
             program, data on the device; "auto": compiled on accelerators that hold the data, and on CPUs where
             `solver.check_every` is above 1 (LBFGS), the data have at most 64 MiB and nothing convolves; else host.
         callback: called with a `Progress` after each step (compiled: each `solver.check_every` steps); return True to
-            stop. Of several processes each calls its own, and one that says so stops all.
+            stop. Of several processes each calls its own, if it has one, and one that says so stops all.
         progress: show a progress bar (plain lines in a log).
         checkpoint: folder to save to and to resume from.
 
     Returns:
-        FitResult. A failed solve is a status, never an exception; Ctrl-C gives STOPPED with the best parameters so far.
+        FitResult. A failed solve is a status, never an exception. Ctrl-C, once the first step has begun, gives STOPPED
+        with the best parameters so far: of several processes after the step that all are in, a second time at once.
 
     Raises:
         ValueError: for any misuse, before the first step.
@@ -179,15 +182,16 @@ def fit_subset(
             target = -math.inf if target_loss is None else float(target_loss)
             fit = _Fit(problem, by_driver, solver, growth, until, max_steps, target, seed)
             plan = {} if checkpoint is None else fit.description(w, warmup_epochs)
-            saver = Checkpoint(checkpoint, plan, own.process)
+            saver = Checkpoint(checkpoint, plan, own)
             mask = (
                 None
                 if trainable is None
                 else mask_tree(problem.objective.model.unflatten(w, problem.constants), trainable)
             )
-            with Bar("fit_subset", max_steps, progress) as bar:
-                fit.run(w, mask, warmup_epochs, callback, bar, saver)
-            return fit.result()
+            with fit.together():
+                with Bar("fit_subset", max_steps, progress) as bar:
+                    fit.run(w, mask, warmup_epochs, callback, bar, saver)
+                return fit.result()
 
 
 _unflatten = jax.jit(Model.unflatten, static_argnums=0)

@@ -32,7 +32,7 @@ from subsetopt.solve import State, Status, charged, ended, evaluated, moved, sta
 
 _MAX_REJECTIONS = 10  # one after the other; each raises the damping, by 4, 8, 16 and so on: nine by 16 orders
 _LEAST_TRIAL, _PARAMETERS_PER_TRIAL = 100, 20  # examples that compare candidates (heuristic, measured)
-_LENGTHS = 0.2, 5.0  # of one step: beyond them none is tried (heuristic)
+_LENGTHS = 0.2, 5.0  # of one step: from beyond them it is changed no further (heuristic)
 _ROUNDING = 0.1  # of the loss's eps: what summed differences resolve (heuristic)
 
 
@@ -87,7 +87,7 @@ class GaussNewton:
     momenta: candidates for m.
     length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
         the minimum where loss and curvature fall together; where no candidate lowers the loss, it is shortened until it
-        does. From a fifth to five times as long; 1: as it is.
+        does. Until it is five times, or a fifth, as long; 1: as it is.
     trial_examples: examples on which candidates are compared; the whole subset where that is at most twice as large,
         and, unless it is fresh, after a rejected step. None: one for 20 parameters, at least 100; the whole subset for
         the classical method, unless it is fresh.

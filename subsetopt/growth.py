@@ -67,7 +67,7 @@ class Growth:
         sizes, ratio = [], self.start
         while size(ratio) < min(last, examples - probe + 1):
             sizes.append(size(ratio))
-            ratio *= self.factor
+            ratio = max(ratio * self.factor, (sizes[-1] + 1) * outputs / parameters)  # one example more, at least
         return sorted({*sizes, last})
 
 

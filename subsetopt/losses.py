@@ -83,7 +83,7 @@ def _squared_uncertainty(f: Array, y: Array) -> Array:
 
 
 def _hessians(values: Callable[[Array, Array], Array], f: Array, y: Array) -> Array:
-    """(n, M, M) output Hessians of any loss."""
+    """(n, M, M) output Hessians of any loss, zero where there is none: such an example says nothing of curvature."""
 
     def one(f_i: Array, y_i: Array) -> Array:
         def of_flat(g: Array) -> Array:
@@ -91,7 +91,8 @@ def _hessians(values: Callable[[Array, Array], Array], f: Array, y: Array) -> Ar
 
         return jax.hessian(of_flat)(f_i.reshape(-1))
 
-    return jax.vmap(one)(f, y)
+    hessians = jax.vmap(one)(f, y)
+    return jnp.where(jnp.isfinite(hessians).all(axis=(1, 2), keepdims=True), hessians, 0)
 
 
 def _roots(hessians: Array) -> Array:

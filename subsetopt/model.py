@@ -34,7 +34,7 @@ class _Linen:
     def __eq__(self, other: object) -> bool:
         try:
             return isinstance(other, _Linen) and bool(self.module == other.module)
-        except ValueError:  # modules with arrays in them, which do not compare
+        except (ValueError, TypeError):  # modules with arrays in them, which do not compare
             return False
 
     def __hash__(self) -> int:

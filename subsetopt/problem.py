@@ -32,6 +32,7 @@ GRADIENT, LOSS, PRODUCT, ROW = 1.0, 1 / 3, 5 / 3, 1.0
 _ROW_BLOCK, _ROW_BLOCK_NUMBERS = 2048, 1 << 25  # most rows in a block of them, and numbers: 128 MB in float32
 _SMALL = 1 << 26  # bytes of data that a CPU may hold twice
 _ANALYSED = 128  # examples in a block whose cost is analysed
+_TWICE = 32  # examples, at most, on which the model is looked at before the start
 _SHOWN = 1000, 8  # examples by whose data, and by whose losses, a problem is known again
 _PIECE, _PIECE_NUMBERS = 64, 1 << 20  # least rows in a piece, for each is compiled; numbers that a CPU's cache holds
 
@@ -431,14 +432,16 @@ def make_problem(
         x, y = (_in_place(np.asarray(a) if isinstance(a, jax.Array) else a) for a in (x, y))
         subset, weights, count = subset_of(np.arange(len(x), dtype=np.int32), np.dtype(w.dtype))
         static = (objective, Host(own), size, w.size, outputs, np.dtype(w.dtype))
-        problem = Problem(*static, constants, x, y, subset, weights, count, seed=int(seed), l2=float(l2))
+        problem = Problem(*static, constants, x, y, subset, weights, count, seed=np.uint32(seed), l2=float(l2))
+        if own.of_several_processes:
+            checks.same_everywhere(own.of_each_process(_shown(problem, w)))
         _check_deterministic(problem, w)
     return problem, w
 
 
 def identity(problem: Problem, w: Array) -> dict[str, Any]:
     """What a checkpoint knows a problem by, beside its sizes: checksums, and some losses near the start w (P,)."""
-    some = np.unique(np.linspace(0, problem.examples - 1, _SHOWN[0]).astype(np.int32))
+    some = _some(problem)
     noise = np.random.default_rng(0).normal(size=problem.parameters).astype(problem.dtype)
     shown = subset_of(some[:: -(-len(some) // _SHOWN[1])], problem.dtype)
     losses = problem.losses(w + 0.1 * noise, shown)  # at the start itself all models of one loss may be alike: at zero
@@ -450,6 +453,18 @@ def identity(problem: Problem, w: Array) -> dict[str, Any]:
         "trainable": checksum(problem.constants.get("index", np.empty(0))),
         "losses near the start": [float(f"{loss:.4g}") for loss in losses],
     }
+
+
+def _some(problem: Problem) -> np.ndarray:
+    """Examples from all over the data."""
+    return np.unique(np.linspace(0, problem.examples - 1, _SHOWN[0]).astype(np.int32))
+
+
+def _shown(problem: Problem, w: Array) -> int:
+    """A checksum, 31 bits, of what all processes have to have in common: some of the data, the start, and the seed."""
+    some, numbers = _some(problem), np.array([problem.examples, problem.seed], np.int64)
+    arrays = problem.x[some], problem.y[some], np.asarray(w), numbers
+    return zlib.crc32("".join(map(checksum, arrays)).encode()) >> 1
 
 
 def checksum(values: Any) -> str:
@@ -519,8 +534,8 @@ def _quick_in_loops(problem: Problem, size: int) -> bool:
 
 
 def _check_deterministic(problem: Problem, w: Array) -> None:
-    """Evaluate some examples twice, the second time in other company (as curvlinops checks its data)."""
-    indices = np.arange(min(problem.examples, problem.block_size))
+    """Evaluate a few examples twice, the second time in other company (as curvlinops checks its data); not charged."""
+    indices = np.arange(min(problem.examples, problem.block_size, _TWICE))
     half = indices[: -(-len(indices) // 2)]
     first = problem.losses(w, subset_of(indices, problem.dtype))
     backwards = problem.losses(w, subset_of(indices[::-1], problem.dtype))

@@ -39,7 +39,7 @@ class Status(enum.IntEnum):
 
 _MESSAGES = {
     Status.RUNNING: "The solve is still running.",
-    Status.CONVERGED: "The gradient has vanished: this is a minimum to the solver's tolerance.",
+    Status.CONVERGED: "The gradient is down to the solver's tolerance, a share of the largest one met.",
     Status.REPRESENTATIVE: "The subset has told all it knows: the loss of unseen training examples falls no more.",
     Status.TARGET_REACHED: "The target loss is reached.",
     Status.MAX_STEPS: "All steps are used; the loss may still fall: raise max_steps to go on.",

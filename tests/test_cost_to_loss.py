@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,6 +213,22 @@ def test_interrupted_grid_goes_on_with_its_first_unfinished_run(tmp_path: Path, 
     assert [choice["seed"] for choice in grid.made if choice["budget_epochs"] == 1000] == [0, 1, 2]
     assert {(c["rate"], c["batch_size"]) for c in grid.made if c["budget_epochs"] == 1000} == {(1e-2, 128)}
     assert {c["batch_size"] for c in grid.made if c["budget_epochs"] == 300} == {128, 512}
+
+
+def test_ctrl_c_in_a_run_keeps_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(PROBLEMS, "digits", PROBLEMS["digits"].tiny())
+    first_order, before = cost_to_loss.first_order, signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def pressed(*arguments: Any) -> Any:
+        return first_order(*arguments, callback=lambda _: signal.raise_signal(signal.SIGINT))
+
+    monkeypatch.setattr(cost_to_loss, "first_order", pressed)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Job("digits", Arguments(out=tmp_path, results=tmp_path)).run("adam")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_fine_tuning_is_tuned_for_each_share_and_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

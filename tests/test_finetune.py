@@ -47,6 +47,38 @@ def test_one_epoch_of_full_batches_is_plain_gradient_descent(data, params):  # n
     assert_same_params(result.params, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_callback_has_a_tree_of_its_own(data, params):  # noqa: F811
+    whole = finetune(Net(), data, params, epochs=2, **QUIET)
+    emptied = finetune(Net(), data, params, epochs=2, callback=lambda p: p.params.clear(), **QUIET)
+    assert_same_params(emptied.params, whole.params)
+
+
+def test_validation_loss_that_is_not_finite_keeps_what_was_trained(data, params):  # noqa: F811
+    def apply(p, x):
+        return jax.numpy.where(x[:, :1] > 50, jax.numpy.nan, network(p, x))
+
+    x, y = data
+    validation = np.full_like(x[:20], 100), y[:20]
+    plain = finetune(apply, data, params, epochs=2, **QUIET)
+    result = finetune(apply, data, params, epochs=2, validation=validation, **QUIET)
+    assert_same_params(result.params, plain.params)
+    assert str(result.validation_loss) == "nan"
+
+
+def test_equal_calls_without_an_optimizer_compile_nothing_twice(data, params):  # noqa: F811
+    finetune(Net(), data, params, epochs=1, **QUIET)
+    before = compiled_programs()
+    finetune(Net(), data, params, epochs=1, **QUIET)
+    assert compiled_programs() == before
+
+
+def test_optimizer_may_have_numbers_of_another_precision(data, params):  # noqa: F811
+    with jax.enable_x64(True):
+        optimizer = optax.adamw(np.float64(1e-2))
+        result = finetune(Net(), data, params, optimizer=optimizer, epochs=1, **QUIET)
+    assert {leaf.dtype for leaf in leaves(result.params)} == {np.dtype(np.float32)}
+
+
 def test_last_smaller_batch_counts_as_a_mean_over_its_own_examples(data, params):  # noqa: F811
     small = (data[0][:3], data[1][:3])
     a = finetune(Net(), small, params, optimizer=optax.sgd(0.1), epochs=1, batch_size=3, **QUIET)

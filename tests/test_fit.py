@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_breast_cancer, load_digits
 
-from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, finetune, fit, fit_subset
+from subsetopt import LBFGS, FitResult, GaussNewton, Growth, Progress, Status, drivers, finetune, fit, fit_subset
 from subsetopt.checkpoint import Checkpoint
 from subsetopt.finetune import warm_up
 from subsetopt.timing import compiled_programs
@@ -455,6 +455,49 @@ def test_module_that_holds_an_array_is_built_as_often_as_wanted(data):
     assert first.loss == second.loss < 1
 
 
+def test_modules_that_hold_arrays_of_different_shapes_serve_one_after_the_other(data):
+    x, y = data
+    for examples in (x, x[:, :3].copy()):
+        assert fit_subset(Centred(examples.mean(axis=0)), (examples, y), max_steps=3, **QUIET).loss < 1.1
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_every_seed_that_is_taken_serves(data, solver):
+    result = fit_subset(Net(), data, solver=solver, seed=2**32 - 1, driver="compiled", max_steps=2, **QUIET)
+    assert result.n_steps == 2
+
+
+def test_examples_without_a_second_derivative_are_none_for_the_curvature():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 4)).astype(np.float32)
+    y = (x @ rng.normal(size=(4, 1)) + 0.3 * rng.normal(size=(300, 1))).astype(np.float32)
+    y[:20] = 0  # where |f - y|^1.5 has a gradient and no curvature at the start
+
+    def loss(f, y):
+        return jnp.sum(jnp.abs(f - y) ** 1.5, axis=1)
+
+    options = QUIET | {"growth": Growth(1e9), "until": "converged", "warmup_epochs": 0, "loss": loss, "max_steps": 100}
+    data, start = (x, y), np.zeros((4, 1), np.float32)
+    solvers = GaussNewton(), GaussNewton(curvature_ratio=None), LBFGS()
+    fits = [fit_subset(lambda w, x: x @ w, data, start, solver=solver, **options) for solver in solvers]
+    np.testing.assert_allclose([fit.loss for fit in fits], fits[-1].loss, rtol=1e-3)
+
+
+def test_cost_is_that_of_all_examples_looked_at_but_for_a_few(monkeypatch, data):
+    looked = [0.0]
+    price = {"_gradient_block": 1, "_gram_block": 1, "_rows_block": 1, "_loss_block": 1 / 3, "_product_block": 5 / 3}
+    reduce = drivers.Host.reduce
+
+    def counted(driver, kernel, static, sums, shared, data, sample, *rest):
+        looked[0] += price[kernel.__name__] * int(sample.count)
+        return reduce(driver, kernel, static, sums, shared, data, sample, *rest)
+
+    monkeypatch.setattr(drivers.Host, "reduce", counted)
+    options: Any = QUIET | {"warmup_epochs": 0}
+    result = fit_subset(Net(), data, driver="host", max_steps=12, **options)
+    assert 0 < looked[0] - result.sample_grads < 32
+
+
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_plain_function_and_squared_error_fit(data, solver):
     targets = (data[0] @ np.arange(5, dtype=np.float32))[:, None] + 1
@@ -681,6 +724,23 @@ def test_fit_with_a_lower_target_goes_on_as_if_it_had_had_it(tmp_path, data):
     assert first.status == whole.status == Status.TARGET_REACHED
     assert first.n_steps < whole.n_steps
     assert_same_run(whole, fit_subset(Net(), data, target_loss=0.45, checkpoint=tmp_path, **options))
+
+
+def test_folder_of_something_else_is_refused(tmp_path, data):
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "table.csv").write_text("1,2\n")
+    with pytest.raises(ValueError, match=r"checkpoint must be a folder that a call like this one has saved to.* 2024 "):
+        fit_subset(Net(), data, max_steps=2, checkpoint=tmp_path, **QUIET)
+    assert (tmp_path / "2024" / "table.csv").exists()
+
+
+def test_a_last_step_that_cannot_be_saved_is_told(tmp_path, monkeypatch, data):
+    def fail(progress):
+        monkeypatch.setattr(Checkpoint, "_save", lambda *_: 1 / 0)
+        raise KeyError("mine")
+
+    with pytest.warns(UserWarning, match="last complete step is not saved"), pytest.raises(KeyError, match="mine"):
+        fit_subset(Net(), data, max_steps=4, checkpoint=tmp_path, callback=fail, **QUIET)
 
 
 def test_finished_fit_is_read_back_from_its_checkpoint(tmp_path, data):

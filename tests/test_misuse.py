@@ -68,6 +68,10 @@ def tune(**changes: Any) -> FinetuneResult:
     return finetune(**ARGUMENTS | changes)
 
 
+SGD = optax.sgd(0.1)
+MEANS = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u.mean(axis=0), updates))
+
+
 def cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
 
@@ -144,6 +148,7 @@ DATA: Mistakes = {
     "an array of objects": ({"data": (X.astype(object), Y)}, "x", "object", "np.stack"),
     "a sparse matrix": ({"data": (scipy.sparse.csr_array(X), Y)}, "x", "(20, 4)", "toarray"),
     "inputs as text": ({"data": (X.astype(str), Y)}, "x", "<U", "astype|encode"),
+    "labels as objects": ({"data": (X, Y.astype(str).astype(object))}, "y", "object", "np.unique"),
     "labels as text": ({"data": (X, Y.astype(str))}, "y", "<U", "astype|encode|np.unique"),
     "complex inputs": ({"data": (X.astype(np.complex64), Y)}, "x", "complex64", "astype"),
     "a masked array": ({"data": (np.ma.masked_greater(X, 1), Y)}, "x", "masked", "filled"),
@@ -258,6 +263,7 @@ LOSS: Mistakes = {
     "a column of losses": ({"loss": lambda f, y: cross_entropy(f, y)[:, None]}, "loss", "(2, 1)", "per-"),
     "losses and their mean": ({"loss": lambda f, _: (f[:, 0], f.mean())}, "loss", "tuple", "per-"),
     "losses of integers": ({"loss": lambda f, _: f.argmax(axis=1)}, "loss", "int32", "cast"),
+    "losses of other examples": ({"loss": lambda f, y: (f[:, :1] - y).mean(axis=1)}, "loss", "diff", "broadcast"),
     "losses that are NaN": ({"loss": lambda f, _: jnp.sqrt(-1 - f[:, 0] ** 2)}, "loss", "NaN", "scale"),
 }
 
@@ -320,6 +326,8 @@ TUNE: Mistakes = {
     "an optimizer not called": ({"optimizer": optax.adam}, "optimizer", "function", "optax.adam"),
     "an optimizer that wants the loss": ({"optimizer": optax.lbfgs()}, "optimizer", "value_fn", "optax.adam"),
     "an optimizer without a hash": ({"optimizer": Steepest(1e-3)}, "optimizer", "Steepest", "init, update"),
+    "an optimizer of two sets": ({"optimizer": optax.lookahead(SGD, 5, 0.5)}, "optimizer", "fast", "optax.adam"),
+    "updates of another shape": ({"optimizer": MEANS}, "optimizer", "(3,)", "optax.adam"),
     "a rate": ({"optimizer": 1e-3}, "optimizer", "0.001", "optax.adam"),
     "patience without validation": ({"patience": 2}, "patience", "2", "validation="),
     "no patience": ({"patience": 0, "validation": (X, Y)}, "patience", "0", "patience=1"),

@@ -70,6 +70,46 @@ STOP = """if True:
 """
 
 
+TOGETHER = """if True:
+    import json, os, signal, sys
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    own = int(sys.argv[2])
+    jax.distributed.initialize(sys.argv[1], 2, own, heartbeat_timeout_seconds=20)
+    from test_oracles import LBFGS, MLP, GaussNewton, Growth, fit
+
+    seen = []
+    log = seen.append if own == 0 else None  # as who wants one line a step does
+    told = [fit(MLP, LBFGS(), 3, driver="host", callback=log).n_steps, len(seen) if own == 0 else 3]
+
+    def press(progress):
+        if own == 1 and progress.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    for solver, growth in (LBFGS(), Growth(1, 2)), (GaussNewton(linear_solve="dense"), Growth(1, 2, nested=False)):
+        stopped = fit(MLP, solver, 6, driver="host", growth=growth, until=2, callback=press)
+        told += [stopped.status.name, stopped.n_steps, stopped.loss]
+
+    def message(**options):
+        try:
+            fit(MLP, LBFGS(), 2, driver="host", **options)
+        except (ValueError, KeyError, RuntimeError) as error:
+            return str(error)
+
+    told += [message(seed=own)[:22], message(devices=jax.devices())[:39]]
+    folder = f"{sys.argv[3]}/{own}"
+    alone = fit(MLP, LBFGS(), 2, driver="host", devices=jax.local_devices(), checkpoint=folder)
+    told += [alone.n_steps, len(os.listdir(folder))]
+
+    def fail(progress):
+        if own == 1:
+            raise KeyError("mine")
+
+    print(json.dumps([*told, message(callback=fail)]))
+"""
+
+
 def start(code: str, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
@@ -107,6 +147,18 @@ def test_two_processes_stop_together_and_go_on_together(tmp_path: Path):
     assert first == second
     assert [run[:2] for run in first[:2]] == [["STOPPED", 3], ["STOPPED", 3]]
     assert "checkpoint must hold the same run for every process, found steps [3, 0]" in first[2]
+
+
+def test_none_of_two_processes_waits_for_one_that_was_told_something_else(tmp_path: Path):
+    where = address()
+    both = [start(TOGETHER, where, str(number), str(tmp_path)) for number in range(2)]
+    (*first, lost), (*second, failed) = (json.loads(finished(process, 200)) for process in both)
+    assert first == second
+    assert first[:4] == [3, 3, "STOPPED", 3]
+    assert first[5:7] == ["STOPPED", 3]
+    assert first[8:] == ["data must be the same,", "devices must be devices of this process", 2, 1]
+    assert "Process 0 lost another process of this fit" in lost
+    assert "mine" in failed
 
 
 @pytest.mark.parametrize("driver", ["host", "compiled"])

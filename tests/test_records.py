@@ -139,6 +139,14 @@ def test_record_has_the_environments_of_its_parts(monkeypatch: Patch, tmp_path: 
     assert both["environment"] == {"git_commit": ["a", "b"], "cores": 2}
 
 
+def test_part_tells_what_has_changed_but_not_what_came_in_between(tmp_path: Path):
+    before = {"seeds": (0, 1), "studies": {"a": "1", "b": "2"}}
+    path = records.keep([1.0], tmp_path / "part.json", before)
+    assert records.changed(path, before) == []
+    assert records.changed(path, before | {"studies": {"a": "1", "c": "3"}}) == []
+    assert records.changed(path, {"seeds": (0,), "studies": {"a": "9"}, "new": 1}) == ["seeds", "studies", "new"]
+
+
 @pytest.mark.parametrize("content", [[1.0], {"loss": 1.0}])
 def test_part_kept_in_another_form_is_refused(content: object, tmp_path: Path):
     path = tmp_path / "part.json"
