@@ -67,7 +67,10 @@ class Growth:
         sizes, ratio = [], self.start
         while size(ratio) < min(last, examples - probe + 1):
             sizes.append(size(ratio))
-            ratio = max(ratio * self.factor, (sizes[-1] + 1) * outputs / parameters)  # one example more, at least
+            # Not one by one where many of them have the same size.
+            larger, growth = math.log((sizes[-1] + 1) * outputs / parameters), math.log(self.factor)
+            turns = math.floor((larger - math.log(ratio)) / growth)
+            ratio = math.exp(math.log(ratio) + turns * growth) if turns > 1 else ratio * self.factor
         return sorted({*sizes, last})
 
 

@@ -170,3 +170,11 @@ def test_an_example_that_outweighs_the_others_is_in_every_fresh_subset():
     for seed in range(50):
         chosen, weights = draw_fresh(slopes, 10, 0.8, np.random.default_rng(seed))
         assert weights[list(chosen).index(0)] == pytest.approx(1 / 100)
+
+
+@pytest.mark.parametrize("growth", [Growth(4, 1 + 1e-15), Growth(4, 1.0000001), Growth(5e-324, 1.1)])
+def test_growth_that_is_slow_ends(growth: Growth):
+    sizes = growth.sizes(2000, 500, 10)
+    assert sizes == sorted({*sizes})
+    assert (sizes[0], sizes[-1]) == (200 if growth.start == 4 else 1, 2000)
+    assert growth.factor > 1.01 or max(np.diff(sizes)) == 1

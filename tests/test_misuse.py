@@ -68,6 +68,10 @@ def tune(**changes: Any) -> FinetuneResult:
     return finetune(**ARGUMENTS | changes)
 
 
+def across_examples(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return (outputs[:, :1] - y.astype(outputs.dtype)[None]).mean(axis=1)
+
+
 SGD = optax.sgd(0.1)
 MEANS = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u.mean(axis=0), updates))
 
@@ -263,7 +267,7 @@ LOSS: Mistakes = {
     "a column of losses": ({"loss": lambda f, y: cross_entropy(f, y)[:, None]}, "loss", "(2, 1)", "per-"),
     "losses and their mean": ({"loss": lambda f, _: (f[:, 0], f.mean())}, "loss", "tuple", "per-"),
     "losses of integers": ({"loss": lambda f, _: f.argmax(axis=1)}, "loss", "int32", "cast"),
-    "losses of other examples": ({"loss": lambda f, y: (f[:, :1] - y).mean(axis=1)}, "loss", "diff", "broadcast"),
+    "losses of other examples": ({"loss": across_examples}, "loss", "diff", "broadcast"),
     "losses that are NaN": ({"loss": lambda f, _: jnp.sqrt(-1 - f[:, 0] ** 2)}, "loss", "NaN", "scale"),
 }
 
