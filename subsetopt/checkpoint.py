@@ -152,6 +152,10 @@ class Resumable:
         failure, stops = None, False
         try:
             stops = callback is not None and bool(callback(progress))
+        except KeyboardInterrupt:
+            if not self.devices.of_several_processes:
+                raise
+            stops = True
         except Exception as error:
             failure = error
         vote = _FAILS if failure is not None else int(stops or self._pressed)

@@ -87,8 +87,14 @@ TOGETHER = """if True:
         if own == 1 and progress.step == 3:
             signal.raise_signal(signal.SIGINT)
 
-    for solver, growth in (LBFGS(), Growth(1, 2)), (GaussNewton(linear_solve="dense"), Growth(1, 2, nested=False)):
-        stopped = fit(MLP, solver, 6, driver="host", growth=growth, until=2, callback=press)
+    def interrupt(progress):
+        if own == 1 and progress.step == 3:
+            raise KeyboardInterrupt
+
+    form = GaussNewton(linear_solve="dense")
+    runs = (LBFGS(), Growth(1, 2), press), (form, Growth(1, 2, nested=False), press), (LBFGS(), Growth(1, 2), interrupt)
+    for solver, growth, callback in runs:
+        stopped = fit(MLP, solver, 6, driver="host", growth=growth, until=2, callback=callback)
         told += [stopped.status.name, stopped.n_steps, stopped.loss]
 
     def message(**options):
@@ -156,7 +162,8 @@ def test_none_of_two_processes_waits_for_one_that_was_told_something_else(tmp_pa
     assert first == second
     assert first[:4] == [3, 3, "STOPPED", 3]
     assert first[5:7] == ["STOPPED", 3]
-    assert first[8:] == ["data must be the same,", "devices must be devices of this process", 2, 1]
+    assert first[8:10] == ["STOPPED", 3]
+    assert first[11:] == ["data must be the same,", "devices must be devices of this process", 2, 1]
     assert "Process 0 lost another process of this fit" in lost
     assert "mine" in failed
 
