@@ -139,20 +139,20 @@ class Job(abc.ABC):
         if self.done(part):
             print(f"{self.name}, {part}: has a result already (--again runs it anew)")
             return
-        print(f"{self.name}: {part}", flush=True)
-        with interrupts():
-            result = self.measure(part)
-        records.keep(result, self.path(part), self.config())
+        self._keep(self.path(part), part, self.measure, part)
 
     def kept(self, part: str, run: str, measure: Callable[..., Any], *arguments: Any) -> Any:
         """What one run of a part gave, now or when it was run."""
         path = self.folder / part / f"{run}.json"
         if not path.exists():
-            print(f"{self.name}: {part}, {run}", flush=True)
-            with interrupts():
-                result = measure(*arguments)
-            records.keep(result, path, self.config())
+            self._keep(path, f"{part}, {run}", measure, *arguments)
         return records.kept(path)
+
+    def _keep(self, path: Path, what: str, measure: Callable[..., Any], *arguments: Any) -> None:
+        print(f"{self.name}: {what}", flush=True)
+        with interrupts():
+            result = measure(*arguments)
+        records.keep(result, path, self.config())
 
     def record(self) -> dict[str, Any]:
         """The record, put together from its parts the first time."""
