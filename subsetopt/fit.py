@@ -289,7 +289,7 @@ class _Fit(Resumable):
 
     def _enter_stage(self) -> None:
         """The problem of this stage, with the warm start in the state."""
-        self.problem, self.ended = self._subset(), Status.RUNNING
+        self.problem, self.ended = self._subset().fetch(), Status.RUNNING
         self.state = self.state.replace(known=False, status=Status.RUNNING)
         self.stage_steps, self.best_w = 0, self.state.w
         self.best_probe, self.best_loss, self.last_check = math.inf, math.inf, math.inf
@@ -322,7 +322,7 @@ class _Fit(Resumable):
         self.ended = self._stage_status()
         stays = not self.ended or self._is_last_stage()  # else the next stage draws a subset of its own size
         if self.fresh and stays and not self._rejected():
-            self.problem = self._subset()
+            self.problem = self._subset().fetch()
         return progress
 
     def _rejected(self) -> bool:
@@ -494,7 +494,7 @@ class _Fit(Resumable):
     def restore(self, tree: Any) -> None:
         """The subset goes back into the problem."""
         *others, subset = tree
-        super().restore((*others, self.problem.using(subset, self.fresh)))
+        super().restore((*others, self.problem.using(subset, self.fresh).fetch()))
         self.ended = Status(self.ended)
         if self.ended == Status.TARGET_REACHED:  # which may be another one now
             self.ended = self._stage_status()

@@ -155,6 +155,11 @@ def _whole_rows_block(objective: Objective, nothing: Any, shared: Any, block: An
 
 
 @jax.jit
+def _rows_of(x: Array, y: Array, indices: Array) -> tuple[Array, Array]:
+    return x[indices], y[indices]
+
+
+@jax.jit
 def _penalised(value: Array, grad: Array, w: Array, l2: Array) -> tuple[Array, Array, Array]:
     """Value, gradient and its norm, l2 included."""
     grad = grad + l2 * w
@@ -211,7 +216,7 @@ class Problem:
     subset: (N,) indices, of which the first `count` are in use: a growing subset changes no shape, nothing recompiles.
     weights: (N,), 1 / count, or unequal where the examples of the subset were drawn with unequal probabilities.
     fresh: the next step gets another subset, so nothing evaluated on this one is worth keeping.
-    fetched: x and y of the subset, where a program has them at hand.
+    fetched: x and y of the subset, where they are at hand.
     """
 
     objective: Objective
@@ -267,10 +272,11 @@ class Problem:
         return dataclasses.replace(self, subset=indices, weights=weights, count=count, fresh=fresh, fetched=None)
 
     def fetch(self) -> "Problem":
-        """For a program of many evaluations: with what they all look at, where one block on one device holds it."""
-        if self.driver.devices.count > 1 or self.block_size < self.examples:
+        """For many evaluations: with what all of them look at, where one block on one device holds it."""
+        if isinstance(self.driver, Host) or self.driver.devices.count > 1 or self.block_size < self.examples:
             return self
-        return dataclasses.replace(self, fetched=(self.x[self.subset], self.y[self.subset]))
+        in_place = np.array_equal(self.subset, np.arange(self.examples))  # all there are: no copy
+        return dataclasses.replace(self, fetched=(self.x, self.y) if in_place else _rows_of(self.x, self.y, self.subset))
 
     def whole(self) -> Sample:
         """Every example of the subset, with its weight."""

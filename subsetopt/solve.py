@@ -178,7 +178,6 @@ def _steps(solver: "Solver", problem: Problem, state: State, steps: Array, targe
         state = solver.step(problem, state)
         return state, taken + 1, jax.tree.map(lambda column, value: column.at[taken].set(value), after, _stood(state))
 
-    problem = problem.fetch()
     none = jax.tree.map(lambda value: jnp.zeros(solver.check_every, value.dtype), _stood(state))
     return lax.while_loop(on, step, (state, jnp.zeros_like(steps), none))
 
