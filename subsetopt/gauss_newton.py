@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 
     kept: the curvature, as its form keeps it. current: whether it was taken at this point (a rejected step never
     recomputes it). damping: lam, -1 before the first curvature. previous: (P,) the last accepted step. gradient:
-    (P,) the averaged one, at the point origin (P,).
+    (P,) the averaged one, at the point origin (P,). misled: whether a step was rejected on this subset.
     """
 
     key: Array
@@ -52,6 +52,7 @@ class Memory(NamedTuple):
     gradient: Array
     origin: Array
     rejections: Any
+    misled: Any
 
 
 class Choice(NamedTuple):
@@ -89,8 +90,8 @@ class GaussNewton:
         the minimum where loss and curvature fall together; where no candidate lowers the loss, it is shortened until it
         does. Until it is five times, or a fifth, as long; 1: as it is.
     trial_examples: examples on which candidates are compared; the whole subset where that is at most twice as large,
-        and, unless it is fresh, after a rejected step. None: one for 20 parameters, at least 100; the whole subset for
-        the classical method, unless it is fresh.
+        and, unless it is fresh, from the first rejected step on. None: one for 20 parameters, at least 100; the whole
+        subset for the classical method, unless it is fresh.
     linear_solve: "dense" (Cholesky of A, P x P), "sample" (Cholesky in the space of the rows), "cg" (matrix-free), or
         "auto", the cheapest one by the cost model of `curvature.form_flops`.
     cg_tolerance, cg_max_steps: relative residual at which CG ends, and its cap (the best iterate is kept). A solve
@@ -144,13 +145,14 @@ class GaussNewton:
         """The state before the first step from w (P,); `problem.seed` seeds the curvature samples."""
         kept = self._form(problem).empty(problem, w)
         none, unknown = jnp.zeros((), np.int32), -jnp.ones((), w.dtype)
-        memory = Memory(jax.random.key(problem.seed), kept, none > 0, unknown, w * 0, w * 0, w, none)
+        memory = Memory(jax.random.key(problem.seed), kept, none > 0, unknown, w * 0, w * 0, w, none, none > 0)
         return start(problem, w, memory, uncertain=True)
 
     def step(self, problem: Problem, state: State) -> State:
         """Gradient, curvature, candidates, the best of them, and its test on the whole subset."""
         memory: Memory = state.memory
-        known = _of_this_subset(state.known, memory.current, memory.damping, memory.rejections)
+        tried = memory.rejections, memory.misled
+        known = _of_this_subset(state.known, memory.current, memory.damping, *tried)
         state = state.replace(memory=memory._replace(**known))
         state = evaluated(problem, state, uncertain=True)
         # Steps on fresh subsets are accepted before they are evaluated, the last of them first on the whole set.
@@ -235,27 +237,34 @@ class GaussNewton:
         Near a minimum a sample's loss falls where the subset's rises, and rises where that falls.
         """
         few = problem.count <= 2 * self._trial(problem)
-        return few if problem.fresh else few | (memory.rejections > 0)
+        return few if problem.fresh else few | memory.misled
 
     def _picked(
         self, problem: Problem, state: State, sample: Sample, losses0: Array, dampings: Array, solutions: Any
     ) -> tuple[Choice, Any]:
-        """The best candidate on a sample, and the number of losses that were asked for."""
+        """The best candidate on a sample, and the number of losses that were asked for.
+
+        Where a step was rejected dampings are compared first, and momentum is added while more of it is better: near a
+        minimum none is best, and on the whole subset each candidate is dear.
+        """
         memory: Memory = state.memory
         momenta = jnp.asarray(self._momenta(), memory.damping.dtype)
+        previous = memory.previous if problem.fresh else jnp.where(memory.misled, 0, memory.previous)
         # Without a previous step all momenta are the same.
-        stride = jnp.where(jnp.any(memory.previous != 0), 1, len(momenta)).astype(np.int32)
+        stride = jnp.where(jnp.any(previous != 0), 1, len(momenta)).astype(np.int32)
 
         def compare(carry: tuple[Choice, Array]) -> tuple[Choice, Array]:
             best, number = carry
             damping, momentum = number // len(momenta), momenta[number % len(momenta)]
-            move = solutions[damping] + momentum * memory.previous
+            move = solutions[damping] + momentum * previous
             return self._compare(problem, state.w, sample, losses0, dampings[damping], move, best), number + stride
 
         zero = jnp.zeros((), np.int32)
         nothing = Choice(memory.previous, jnp.full_like(memory.damping, jnp.inf), memory.damping, zero)
         candidates = len(dampings) * len(momenta)
         choice, _ = problem.driver.while_loop(lambda carry: carry[1] < candidates, compare, (nothing, zero))
+        if not problem.fresh:
+            choice = self._with_momentum(problem, state, sample, losses0, choice)
         if self.length_factor > 1:
             choice = self._rescaled(problem, state.w, sample, losses0, choice)
         return choice, counted(choice.tried, sample.count)
@@ -269,6 +278,24 @@ class GaussNewton:
         new = Choice(move, difference, damping, best.tried + 1)
         keep = best._replace(tried=new.tried)
         return problem.driver.select(difference < best.difference, new, keep)
+
+    def _with_momentum(self, problem: Problem, state: State, sample: Sample, losses0: Array, picked: Choice) -> Choice:
+        """The picked step, with momentum while more of it is better; as it is where it may have some already."""
+        memory: Memory = state.memory
+        momenta = jnp.asarray(sorted(self.momenta), memory.damping.dtype)
+
+        def on(carry: tuple[Choice, Array, Any]) -> Any:
+            _, number, goes_on = carry
+            return goes_on & (number < len(momenta))
+
+        def add(carry: tuple[Choice, Array, Any]) -> tuple[Choice, Array, Any]:
+            best, number, _ = carry
+            move = picked.move + momenta[number] * memory.previous
+            new = self._compare(problem, state.w, sample, losses0, picked.damping, move, best)
+            return new, number + 1, new.difference < best.difference
+
+        may = memory.misled & jnp.any(memory.previous != 0) & jnp.isfinite(picked.difference)
+        return problem.driver.while_loop(on, add, (picked, jnp.zeros((), np.int32), may))[0]
 
     def _rescaled(self, problem: Problem, w: Array, sample: Sample, losses0: Array, picked: Choice) -> Choice:
         """The picked step, longer while that is better; where it raises the loss, shorter until it lowers it."""
@@ -342,7 +369,7 @@ def _over_mean(values: Array) -> Array:
 
 
 @jax.jit
-def _of_this_subset(known: Array, current: Array, damping: Array, rejections: Array) -> dict[str, Array]:
+def _of_this_subset(known: Array, current: Array, damping: Array, rejections: Array, misled: Array) -> dict[str, Array]:
     """A memory's fields without what was taken and rejected on another subset."""
     raised = rejections * (rejections + 3) / 2  # the exponents of `_damped`, 2 + 3 + ... + (rejections + 1)
     before = damping / jnp.exp2(raised).astype(damping.dtype)
@@ -350,6 +377,7 @@ def _of_this_subset(known: Array, current: Array, damping: Array, rejections: Ar
         "current": current & known,
         "damping": jnp.where(known, damping, before),
         "rejections": jnp.where(known, rejections, 0),
+        "misled": misled & known,
     }
 
 
@@ -366,4 +394,5 @@ def _damped(memory: Memory, status: Array) -> tuple[Memory, Array]:
     status = jnp.where(rejections >= _MAX_REJECTIONS, jnp.full_like(status, Status.STALLED), status)
     damping = jnp.maximum(memory.damping, jnp.finfo(memory.damping.dtype).tiny)
     damping = jnp.ldexp(damping, rejections + 1)  # doubled from one to the next: Nielsen, IMM-REP-1999-05
-    return memory._replace(damping=damping, previous=memory.previous * 0, rejections=rejections), status
+    misled = jnp.ones_like(memory.misled)
+    return memory._replace(damping=damping, previous=memory.previous * 0, rejections=rejections, misled=misled), status
