@@ -33,6 +33,7 @@ from subsetopt.solve import State, Status, charged, ended, evaluated, moved, sta
 _MAX_REJECTIONS = 10  # one after the other; each raises the damping, by 4, 8, 16 and so on: nine by 16 orders
 _LEAST_TRIAL, _PARAMETERS_PER_TRIAL = 100, 20  # examples that compare candidates (heuristic, measured)
 _LENGTHS = 0.2, 5.0  # of one step: from beyond them it is changed no further (heuristic)
+_DOUBTFUL = 10  # mean deviations of the examples' losses, and falls foretold, by which a mean may rise (heuristic)
 _ROUNDING = 0.1  # of the loss's eps: what summed differences resolve (heuristic)
 
 
@@ -42,6 +43,7 @@ class Memory(NamedTuple):
     kept: the curvature, as its form keeps it. current: whether it was taken at this point (a rejected step never
     recomputes it). damping: lam, -1 before the first curvature. previous: (P,) the last accepted step. gradient:
     (P,) the averaged one, at the point origin (P,). misled: whether a step was rejected on this subset.
+    highest: loss on the next fresh subset above which the last step is doubted.
     """
 
     key: Array
@@ -53,6 +55,7 @@ class Memory(NamedTuple):
     origin: Array
     rejections: Any
     misled: Any
+    highest: Any
 
 
 class Choice(NamedTuple):
@@ -145,7 +148,9 @@ class GaussNewton:
         """The state before the first step from w (P,); `problem.seed` seeds the curvature samples."""
         kept = self._form(problem).empty(problem, w)
         none, unknown = jnp.zeros((), np.int32), -jnp.ones((), w.dtype)
-        memory = Memory(jax.random.key(problem.seed), kept, none > 0, unknown, w * 0, w * 0, w, none, none > 0)
+        never = none > 0
+        steps = never, unknown, w * 0, w * 0, w, none, never, jnp.full((), jnp.inf, w.dtype)
+        memory = Memory(jax.random.key(problem.seed), kept, *steps)
         return start(problem, w, memory, uncertain=True)
 
     def step(self, problem: Problem, state: State) -> State:
@@ -154,11 +159,27 @@ class GaussNewton:
         tried = memory.rejections, memory.misled
         known = _of_this_subset(state.known, memory.current, memory.damping, *tried)
         state = state.replace(memory=memory._replace(**known))
+        scale = state.grad_scale
         state = evaluated(problem, state, uncertain=True)
+        doubtful = _is_doubtful(state.evaluation.value, state.memory.highest)
+        state = problem.driver.cond(doubtful, partial(self._doubted, problem, scale), lambda state: state, state)
         # Steps on fresh subsets are accepted before they are evaluated, the last of them first on the whole set.
         w, known = _back_from_nowhere(state.w, state.known, state.status, state.memory.origin)
         state, runs = ended(problem, state.replace(w=w, known=known), self._tolerance(problem.dtype))
         return problem.driver.cond(runs, partial(self._advance, problem), lambda state: state, state)
+
+    def _doubted(self, problem: Problem, scale: Any, state: State) -> State:
+        """The state before the last step, with more damping, if the loss of this subset is lower there.
+
+        scale: the largest gradient met, without the one that the step has led to.
+        """
+        memory: Memory = state.memory
+        damped = memory._replace(damping=4 * memory.damping, previous=memory.previous * 0)
+        before = state.replace(w=memory.origin, known=jnp.zeros_like(state.known, dtype=bool), memory=damped)
+        before = evaluated(problem, before.replace(grad_scale=scale), uncertain=True)
+        state = state.replace(cost=before.cost, evals=before.evals)
+        lower = before.evaluation.value < state.evaluation.value
+        return problem.driver.cond(lower, lambda: before, lambda: state)
 
     def _advance(self, problem: Problem, state: State) -> State:
         form, driver = self._form(problem), problem.driver
@@ -339,6 +360,10 @@ class GaussNewton:
         memory = memory._replace(damping=choice.damping, previous=choice.move, current=jnp.zeros_like(memory.current))
         memory = memory._replace(rejections=jnp.zeros_like(memory.rejections))
         w, before = state.w + choice.move, state.evaluation
+        highest = jnp.inf
+        if problem.fresh:
+            highest = before.value + _DOUBTFUL * (self._spread(problem, before) - choice.difference)
+        memory = memory._replace(highest=jnp.full_like(memory.highest, highest))
         if problem.fresh:
             return state.replace(w=w, memory=memory, known=jnp.zeros_like(state.known, dtype=bool))
         after = problem.evaluate(w, uncertain=True)
@@ -353,6 +378,11 @@ class GaussNewton:
 
         return problem.driver.cond(lower, accepted, self._rejected, state)
 
+    def _spread(self, problem: Problem, known: Evaluation) -> Array:
+        """The mean absolute deviation of the examples' losses: squares would leave the range of the dtype."""
+        total, weights = problem.driver.total, problem.weights
+        return total(weights, abs(known.losses - total(weights, known.losses)))
+
     def _rejected(self, state: State) -> State:
         """The same point with more damping and no momentum; STALLED where that has happened too often."""
         memory, status = _damped(state.memory._replace(kept=None), state.status)
@@ -361,6 +391,11 @@ class GaussNewton:
     def _tolerance(self, dtype: np.dtype) -> float:
         default = 1e-5 if dtype == np.float32 else 1e-8
         return default if self.tolerance is None else self.tolerance
+
+
+@jax.jit
+def _is_doubtful(value: Array, highest: Array) -> Array:
+    return jnp.isfinite(value) & (value > highest)
 
 
 @jax.jit
