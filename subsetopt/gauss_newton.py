@@ -33,6 +33,7 @@ from subsetopt.solve import State, Status, charged, ended, evaluated, moved, sta
 _MAX_REJECTIONS = 10  # one after the other; each raises the damping, by 4, 8, 16 and so on: nine by 16 orders
 _LEAST_TRIAL, _PARAMETERS_PER_TRIAL = 100, 20  # examples that compare candidates (heuristic, measured)
 _LENGTHS = 0.2, 5.0  # of one step: from beyond them it is changed no further (heuristic)
+_NO_CURVATURE = 1e-12  # of the gradient's norm: it asks for steps longer than what rejections bring down (heuristic)
 _DOUBTFUL = 10  # mean deviations of the examples' losses, and falls foretold, by which a mean may rise (heuristic)
 _ROUNDING = 0.1  # of the loss's eps: what summed differences resolve (heuristic)
 
@@ -214,7 +215,8 @@ class GaussNewton:
 
         def first_damping(state: State) -> State:
             scale, examples = form.mean_diagonal(problem, state.w, kept, probe)
-            scale = jnp.where(scale > 0, scale, state.evaluation.norm)  # no curvature here: a gradient step of length 1
+            norm = state.evaluation.norm
+            scale = jnp.where(scale > _NO_CURVATURE * norm, scale, norm)  # a gradient step of length 1
             least = float(jnp.finfo(scale.dtype).eps)  # zero could not be raised where a step is rejected
             damping = max(self.damping, least) * jnp.where(scale > 0, scale, 1)
             return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=damping))
