@@ -62,13 +62,14 @@ class Memory(NamedTuple):
 class Choice(NamedTuple):
     """The best candidate so far: its step (P,), its loss difference on the trial sample, and its damping.
 
-    tried: candidates compared.
+    tried: candidates compared. foretold: what the loss falls by to first order, at most, along any solution.
     """
 
     move: Array
     difference: Array
     damping: Array
     tried: Any
+    foretold: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,8 @@ class GaussNewton:
     curvature_precision: of the matrix products in A, as for jax.default_matmul_precision; "tensorfloat32" or
         "bfloat16" use fast matrix units. "bfloat16" rounds the rows of the dense form on CPUs, too: faster where P is
         large, more steps where the loss gets small. Losses and gradients are always at "highest".
-    damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is zero, as for the
-        absolute error: there steps are those of gradient descent. At least eps.
+    damping: first lam, as a fraction of the mean diagonal of A, or of the gradient's norm where A is next to zero, as
+        for the absolute error: there steps are those of gradient descent. At least eps.
     damping_factors: candidates for the next lam, relative to the last one picked.
     momenta: candidates for m.
     length_factor: the picked candidate is lengthened by this factor, again while that is better, for steps end short of
@@ -187,8 +188,8 @@ class GaussNewton:
         renew = partial(self._with_curvature, problem, form)
         state = driver.cond(state.memory.current, lambda state: state, renew, state)
         state, choice = self._best_candidate(problem, form, state)
-        test = partial(self._tested, problem, choice)
-        return driver.cond(choice.difference < 0, test, self._rejected, state)
+        test, reject = partial(self._tested, problem, choice), partial(self._rejected, problem, choice)
+        return driver.cond(choice.difference < 0, test, reject, state)
 
     # --- curvature -------------------------------------------------------------------------------------------------
 
@@ -283,7 +284,8 @@ class GaussNewton:
             return self._compare(problem, state.w, sample, losses0, dampings[damping], move, best), number + stride
 
         zero = jnp.zeros((), np.int32)
-        nothing = Choice(memory.previous, jnp.full_like(memory.damping, jnp.inf), memory.damping, zero)
+        foretold = jnp.max(jnp.abs(solutions @ memory.gradient))
+        nothing = Choice(memory.previous, jnp.full_like(memory.damping, jnp.inf), memory.damping, zero, foretold)
         candidates = len(dampings) * len(momenta)
         choice, _ = problem.driver.while_loop(lambda carry: carry[1] < candidates, compare, (nothing, zero))
         if not problem.fresh:
@@ -298,7 +300,7 @@ class GaussNewton:
         """The better of two candidates."""
         losses = problem.losses(w + move, sample)
         difference = problem.difference(w + move, w, losses, losses0, sample.weights)
-        new = Choice(move, difference, damping, best.tried + 1)
+        new = Choice(move, difference, damping, best.tried + 1, best.foretold)
         keep = best._replace(tried=new.tried)
         return problem.driver.select(difference < best.difference, new, keep)
 
@@ -372,22 +374,27 @@ class GaussNewton:
         state = charged(state, GRADIENT, problem.count, evals=1)
         difference = problem.difference(w, state.w, after.losses, before.losses, problem.weights)
         # A decrease that the loss cannot hold is none: without this, rounding would be accepted for ever.
-        lower = difference < -_ROUNDING * float(jnp.finfo(problem.dtype).eps) * jnp.abs(before.value)
+        lower = difference < -_resolution(before.value)
         lower &= jnp.isfinite(after.norm)  # from a point without a gradient no step goes on
 
         def accepted(state: State) -> State:
             return moved(state, w, after).replace(memory=memory)
 
-        return problem.driver.cond(lower, accepted, self._rejected, state)
+        return problem.driver.cond(lower, accepted, partial(self._rejected, problem, choice), state)
 
     def _spread(self, problem: Problem, known: Evaluation) -> Array:
         """The mean absolute deviation of the examples' losses: squares would leave the range of the dtype."""
         total, weights = problem.driver.total, problem.weights
         return total(weights, abs(known.losses - total(weights, known.losses)))
 
-    def _rejected(self, state: State) -> State:
-        """The same point with more damping and no momentum; STALLED where that has happened too often."""
-        memory, status = _damped(state.memory._replace(kept=None), state.status)
+    def _rejected(self, problem: Problem, choice: Choice, state: State) -> State:
+        """The same point with more damping and no momentum; STALLED where that has happened too often.
+
+        Or where not even the longest step could lower the loss by what its dtype holds: more damping makes it shorter.
+        """
+        longest = jnp.inf if problem.fresh else _LENGTHS[1] * choice.foretold
+        hopeless = longest < _resolution(state.evaluation.value)
+        memory, status = _damped(state.memory._replace(kept=None), state.status, hopeless)
         return state.replace(memory=memory._replace(kept=state.memory.kept), status=status)
 
     def _tolerance(self, dtype: np.dtype) -> float:
@@ -426,9 +433,16 @@ def _back_from_nowhere(w: Array, known: Array, status: Array, origin: Array) -> 
 
 
 @jax.jit
-def _damped(memory: Memory, status: Array) -> tuple[Memory, Array]:
+def _resolution(value: Array) -> Array:
+    """What summed differences of a loss resolve."""
+    return _ROUNDING * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
+
+
+@jax.jit
+def _damped(memory: Memory, status: Array, hopeless: Array) -> tuple[Memory, Array]:
     rejections = memory.rejections + 1
-    status = jnp.where(rejections >= _MAX_REJECTIONS, jnp.full_like(status, Status.STALLED), status)
+    stalled = hopeless | (rejections >= _MAX_REJECTIONS)
+    status = jnp.where(stalled, jnp.full_like(status, Status.STALLED), status)
     damping = jnp.maximum(memory.damping, jnp.finfo(memory.damping.dtype).tiny)
     damping = jnp.ldexp(damping, rejections + 1)  # doubled from one to the next: Nielsen, IMM-REP-1999-05
     misled = jnp.ones_like(memory.misled)

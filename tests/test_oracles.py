@@ -388,6 +388,18 @@ def test_gauss_newton_converges_however_many_examples_there_are(solver: GaussNew
 
 
 @pytest.mark.parametrize("driver", ["host", "compiled"])
+def test_precision_that_ends_is_told_by_few_rejected_steps(driver: str):
+    """Not by ten of them, each of which costs as much as two gradients."""
+    example = least_squares(1e4, np.float32)
+    with jax.enable_x64(False):
+        result = fit(example, GaussNewton(tolerance=0), 80, driver=driver)
+    assert result.status == Status.STALLED
+    assert result.loss == pytest.approx(scipy_minimum(example.name), rel=1e-5)
+    rejected = np.array(result.history["loss"]) == result.loss
+    assert np.sum(rejected) < 8
+
+
+@pytest.mark.parametrize("driver", ["host", "compiled"])
 def test_step_that_few_examples_mislead_is_undone(driver: str):
     """Counts over many orders of magnitude: what 24 of the examples say would send others to e^200."""
     rng = np.random.default_rng(2)
@@ -417,11 +429,12 @@ def test_examples_that_are_badly_wrong_are_learned_in_every_form(linear_solve: s
     assert result.loss < 1e-4
 
 
-def test_saturated_start_with_a_vanishing_curvature_is_left():
-    """A softmax at a logit of 24 has next to no curvature, by which the first damping goes."""
+@pytest.mark.parametrize("logit", [24, 60, 100])
+def test_saturated_start_with_a_vanishing_curvature_is_left(logit: int):
+    """A softmax has next to no curvature there, by which the first damping goes: at 24 some, at 100 none in float32."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(600, 3)).astype(np.float32), (rng.random(600) < 0.9).astype(np.int32)
-    start = {"w": np.zeros((3, 2), np.float32), "b": np.array([24, 0], np.float32)}
+    start = {"w": np.zeros((3, 2), np.float32), "b": np.array([logit, 0], np.float32)}
     example = Example("confidently wrong", affine, start, x, y, "softmax_cross_entropy")
     with jax.enable_x64(False):
         found = [fit(example, solver, 60).loss for solver in (GaussNewton(), CLASSICAL, LBFGS())]
