@@ -178,19 +178,26 @@ def test_compiled_driver_takes_many_steps_a_program():
     assert early.history["loss"] == result.history["loss"][:14]
 
 
-def test_program_of_many_evaluations_picks_its_examples_once():
-    def picked(block_size: int) -> int:
+def test_examples_of_a_subset_are_picked_once_and_those_of_the_whole_set_stay_where_they_are():
+    def problem_of(block_size: int) -> tuple[Problem, Any]:
         host, w = make_problem(MLP.apply, (MLP.x, MLP.y), MLP.params, loss=MLP.loss, block_size=block_size)
-        lowered = jax.jit(three_evaluations).lower(placed(host, "compiled"), w).as_text()
-        shape = "x".join(map(str, (block_size, *MLP.x.shape[1:])))
+        return placed(host, "compiled"), w
+
+    def picked(problem: Problem, w: Any) -> int:
+        lowered = jax.jit(three_evaluations).lower(problem, w).as_text()
+        shape = "x".join(map(str, (problem.block_size, *MLP.x.shape[1:])))
         return len(re.findall(rf"stablehlo\.gather.*-> tensor<{shape}xf32>", lowered))
 
     def three_evaluations(problem: Problem, w: Any) -> Any:
-        problem = problem.fetch()
         return [problem.evaluate(factor * w) for factor in (1, 2, 3)]
 
-    assert picked(len(MLP.x)) == 1
-    assert picked(len(MLP.x) // 2) == 3
+    problem, w = problem_of(len(MLP.x))
+    subset = problem.on(np.arange(7, 60))
+    assert problem.fetch().fetched[0] is problem.x
+    np.testing.assert_array_equal(subset.fetch().fetched[0][:53], MLP.x[7:60])
+    assert picked(problem.fetch(), w) == picked(subset.fetch(), w) == 0
+    assert picked(problem_of(len(MLP.x) // 2)[0].fetch(), w) == 3  # no block holds them
+    assert subset.fetch().on(np.arange(5)).fetched is None
 
 
 @pytest.mark.parametrize("solver", [GaussNewton(), LBFGS()], ids=repr)
@@ -348,16 +355,15 @@ def test_curvature_may_be_coarse_and_the_result_says_so(linear_solve: str):
     ids=["LBFGS", "undamped at first, so that steps are rejected"],
 )
 def test_tiny_losses_take_the_same_steps_in_float32(solver: Any, scale: float):
-    def tiny(outputs: Any, y: Any) -> Any:
-        return scale * jnp.sum((outputs - jnp.eye(4, dtype=outputs.dtype)[y]) ** 2, axis=1)
+    def losses(scale: float) -> np.ndarray:
+        def scaled(outputs: Any, y: Any) -> Any:
+            return scale * jnp.sum((outputs - jnp.eye(4, dtype=outputs.dtype)[y]) ** 2, axis=1)
 
-    def plain(outputs: Any, y: Any) -> Any:
-        return jnp.sum((outputs - jnp.eye(4, dtype=outputs.dtype)[y]) ** 2, axis=1)
+        options = {"loss": scaled, "solver": solver, "max_steps": 60} | WHOLE
+        return np.array(fit_subset(MLP.apply, (MLP.x, MLP.y), MLP.params, **options).history["loss"]) / scale
 
-    small, ours = (
-        fit_subset(MLP.apply, (MLP.x, MLP.y), MLP.params, loss=loss, solver=solver, max_steps=60, **WHOLE)
-        for loss in (tiny, plain)
-    )
-    rejected = sum(a == b for a, b in itertools.pairwise(ours.history["loss"]))
+    # Not 1, which XLA leaves out of the program; on some CPUs the rest is rounded in another order then.
+    small, ours = losses(scale), losses(2.0**-10)
+    rejected = sum(a == b for a, b in itertools.pairwise(ours))
     assert isinstance(solver, LBFGS) or rejected > 2
-    np.testing.assert_array_equal(np.array(small.history["loss"]) / scale, ours.history["loss"])
+    np.testing.assert_array_equal(small, ours)
