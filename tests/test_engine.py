@@ -348,7 +348,8 @@ def test_curvature_may_be_coarse_and_the_result_says_so(linear_solve: str):
     assert result.loss < 0.5
 
 
-@pytest.mark.parametrize("scale", [2.0**-20, 2.0**-60])
+# 2^-50: at 2^-60 the matrix of a fit that has all but ended adds up numbers below 1e-38, which some CPUs take for zero.
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**-50])
 @pytest.mark.parametrize(
     "solver",
     [LBFGS(), GaussNewton(curvature_ratio=None, damping=0, momenta=(0.0,), length_factor=1.0)],
