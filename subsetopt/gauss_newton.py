@@ -44,7 +44,7 @@ class Memory(NamedTuple):
     kept: the curvature, as its form keeps it. current: whether it was taken at this point (a rejected step never
     recomputes it). damping: lam, -1 before the first curvature. previous: (P,) the last accepted step. gradient:
     (P,) the averaged one, at the point origin (P,). misled: whether a step was rejected on this subset.
-    highest: loss on the next fresh subset above which the last step is doubted.
+    highest: loss on the next subset above which the step from the origin is doubted.
     """
 
     key: Array
@@ -75,6 +75,9 @@ class Choice(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class GaussNewton:
     """Damped Gauss-Newton on the subset's loss; a step that raises it is rejected.
+
+    On a fresh subset that shows on the next one: where that one's loss is far higher, and was lower before the step, the
+    step is undone.
 
     curvature_ratio: rows of the curvature sample per parameter, one random row an example; None: all M rows of the
         whole subset every step, nothing averaged, the classical method with fast local convergence.
@@ -211,7 +214,7 @@ class GaussNewton:
         state = charged(state, ROW, rows)
         gradient, examples = self._gradient(problem, form, state, kept)
         memory = memory._replace(key=key, kept=kept, current=jnp.ones_like(memory.current))
-        memory = memory._replace(gradient=gradient, origin=state.w)
+        memory = memory._replace(gradient=gradient, origin=state.w, highest=jnp.full_like(memory.highest, jnp.inf))
         state = charged(state, PRODUCT, examples).replace(memory=memory)
 
         def first_damping(state: State) -> State:
@@ -364,11 +367,9 @@ class GaussNewton:
         memory = memory._replace(damping=choice.damping, previous=choice.move, current=jnp.zeros_like(memory.current))
         memory = memory._replace(rejections=jnp.zeros_like(memory.rejections))
         w, before = state.w + choice.move, state.evaluation
-        highest = jnp.inf
         if problem.fresh:
             highest = before.value + _DOUBTFUL * (self._spread(problem, before) - choice.difference)
-        memory = memory._replace(highest=jnp.full_like(memory.highest, highest))
-        if problem.fresh:
+            memory = memory._replace(highest=jnp.full_like(memory.highest, highest))
             return state.replace(w=w, memory=memory, known=jnp.zeros_like(state.known, dtype=bool))
         after = problem.evaluate(w, uncertain=True)
         state = charged(state, GRADIENT, problem.count, evals=1)

@@ -276,9 +276,8 @@ class Problem:
         if isinstance(self.driver, Host) or self.driver.devices.count > 1 or self.block_size < self.examples:
             return self
         in_place = np.array_equal(self.subset, np.arange(self.examples))  # all there are: no copy
-        return dataclasses.replace(
-            self, fetched=(self.x, self.y) if in_place else _rows_of(self.x, self.y, self.subset)
-        )
+        fetched = (self.x, self.y) if in_place else _rows_of(self.x, self.y, self.subset)
+        return dataclasses.replace(self, fetched=fetched)
 
     def whole(self) -> Sample:
         """Every example of the subset, with its weight."""
