@@ -76,8 +76,8 @@ class Choice(NamedTuple):
 class GaussNewton:
     """Damped Gauss-Newton on the subset's loss; a step that raises it is rejected.
 
-    On a fresh subset that shows on the next one: where that one's loss is far higher, and was lower before the step, the
-    step is undone.
+    On a fresh subset that shows on the next one: where that one's loss is far higher, and was lower before the step,
+    the step is undone.
 
     curvature_ratio: rows of the curvature sample per parameter, one random row an example; None: all M rows of the
         whole subset every step, nothing averaged, the classical method with fast local convergence.
