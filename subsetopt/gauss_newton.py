@@ -33,7 +33,7 @@ from subsetopt.solve import State, Status, charged, ended, evaluated, moved, sta
 _MAX_REJECTIONS = 10  # one after the other; each raises the damping, by 4, 8, 16 and so on: nine by 16 orders
 _LEAST_TRIAL, _PARAMETERS_PER_TRIAL = 100, 20  # examples that compare candidates (heuristic, measured)
 _LENGTHS = 0.2, 5.0  # of one step: from beyond them it is changed no further (heuristic)
-_NO_CURVATURE = 1e-12  # of the gradient's norm: it asks for steps longer than what rejections bring down (heuristic)
+_NO_CURVATURE = 1e-17  # of the gradient's norm: it asks for steps longer than what rejections bring down (heuristic)
 _DOUBTFUL = 10  # mean deviations of the examples' losses, and falls foretold, by which a mean may rise (heuristic)
 _ROUNDING = 0.1  # of the loss's eps: what summed differences resolve (heuristic)
 
@@ -76,8 +76,8 @@ class Choice(NamedTuple):
 class GaussNewton:
     """Damped Gauss-Newton on the subset's loss; a step that raises it is rejected.
 
-    On a fresh subset that shows on the next one: where that one's loss is far higher, and was lower before the step,
-    the step is undone.
+    On a fresh subset that shows in the next step, on another one: where that one's loss is far higher, and was lower
+    before, the step is undone. The last step of a fit is not looked at again.
 
     curvature_ratio: rows of the curvature sample per parameter, one random row an example; None: all M rows of the
         whole subset every step, nothing averaged, the classical method with fast local convergence.
@@ -219,8 +219,7 @@ class GaussNewton:
 
         def first_damping(state: State) -> State:
             scale, examples = form.mean_diagonal(problem, state.w, kept, probe)
-            norm = state.evaluation.norm
-            scale = jnp.where(scale > _NO_CURVATURE * norm, scale, norm)  # a gradient step of length 1
+            scale = _scale(scale, state.evaluation.value, state.evaluation.norm)
             least = float(jnp.finfo(scale.dtype).eps)  # zero could not be raised where a step is rejected
             damping = max(self.damping, least) * jnp.where(scale > 0, scale, 1)
             return charged(state, PRODUCT, examples).replace(memory=memory._replace(damping=damping))
@@ -310,7 +309,10 @@ class GaussNewton:
     def _with_momentum(self, problem: Problem, state: State, sample: Sample, losses0: Array, picked: Choice) -> Choice:
         """The picked step, with momentum while more of it is better; as it is where it may have some already."""
         memory: Memory = state.memory
-        momenta = jnp.asarray(sorted(self.momenta), memory.damping.dtype)
+        more = sorted(momentum for momentum in self.momenta if momentum > 0)
+        if not more:
+            return picked
+        momenta = jnp.asarray(more, memory.damping.dtype)
 
         def on(carry: tuple[Choice, Array, Any]) -> Any:
             _, number, goes_on = carry
@@ -393,7 +395,7 @@ class GaussNewton:
 
         Or where not even the longest step could lower the loss by what its dtype holds: more damping makes it shorter.
         """
-        longest = jnp.inf if problem.fresh else _LENGTHS[1] * choice.foretold
+        longest = jnp.inf if problem.fresh else _LENGTHS[1] * self.length_factor * choice.foretold
         hopeless = longest < _resolution(state.evaluation.value)
         memory, status = _damped(state.memory._replace(kept=None), state.status, hopeless)
         return state.replace(memory=memory._replace(kept=state.memory.kept), status=status)
@@ -431,6 +433,16 @@ def _back_from_nowhere(w: Array, known: Array, status: Array, origin: Array) -> 
     """Where the loss is not finite, the point before, which is the last one that a curvature was taken at."""
     lost = status == Status.NONFINITE
     return jnp.where(lost, origin, w), known & ~lost
+
+
+@jax.jit
+def _scale(mean_diagonal: Array, value: Array, norm: Array) -> Array:
+    """Of the damping: the mean diagonal, or what makes gradient steps of length 1 where there is next to no curvature.
+
+    Unless the loss is so large that such steps would not change it: then there is curvature, far from a minimum.
+    """
+    none = (mean_diagonal <= _NO_CURVATURE * norm) & (norm > _resolution(value))
+    return jnp.where(none | (mean_diagonal <= 0), norm, mean_diagonal)
 
 
 @jax.jit

@@ -368,3 +368,17 @@ def test_tiny_losses_take_the_same_steps_in_float32(solver: Any, scale: float):
     rejected = sum(a == b for a, b in itertools.pairwise(ours))
     assert isinstance(solver, LBFGS) or rejected > 2
     np.testing.assert_array_equal(small, ours)
+
+
+@pytest.mark.parametrize("driver", ["host", "compiled"])
+def test_a_momentum_of_zero_among_others_changes_nothing_of_the_classical_method(driver: str):
+    """Where steps are rejected, too: momentum is added to the picked step there, and none is no more."""
+
+    def history(*momenta: float) -> list[float]:
+        solver = GaussNewton(curvature_ratio=None, damping=0, momenta=momenta)
+        return fit(solver, driver=driver, max_steps=30).history["loss"]
+
+    losses = history(0.3, 0.6)
+    assert losses == history(0.0, 0.6, 0.3)
+    assert losses != history(0.0)
+    assert any(a == b for a, b in itertools.pairwise(losses))

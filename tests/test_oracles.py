@@ -441,6 +441,21 @@ def test_saturated_start_with_a_vanishing_curvature_is_left(logit: int):
     assert found == pytest.approx([0.316805] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("solver", [GaussNewton(), CLASSICAL], ids=["default", "classical"])
+@pytest.mark.parametrize(("x_unit", "y_unit"), [(1, 1e13), (1e-6, 1e10)])
+def test_units_of_a_regression_leave_it_its_curvature(solver: GaussNewton, x_unit: float, y_unit: float):
+    """A step of length 1 is nothing there, and the curvature, in other units, next to nothing."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 5))
+    y = x @ rng.normal(size=(5, 1)) + 0.1 * rng.normal(size=(500, 1))
+    x32, y32 = (x_unit * x).astype(np.float32), (y_unit * y).astype(np.float32)
+    example = Example("units", linear, {"w": np.zeros((5, 1), np.float32)}, x32, y32, "squared_error")
+    with jax.enable_x64(False):
+        result = fit(example, solver, 40)
+    residuals = y - x @ np.linalg.lstsq(x, y)[0]
+    assert result.loss / y_unit**2 == pytest.approx(0.5 * np.mean(residuals**2), rel=1e-3)
+
+
 def test_loss_without_curvature_is_lowered_alike_in_every_form():
     """The first damping is the gradient's norm, not what rounding has left of l2."""
     rng = np.random.default_rng(0)
