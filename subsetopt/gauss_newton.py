@@ -302,8 +302,8 @@ class GaussNewton:
         """The better of two candidates."""
         losses = problem.losses(w + move, sample)
         difference = problem.difference(w + move, w, losses, losses0, sample.weights)
-        new = Choice(move, difference, damping, best.tried + 1, best.foretold)
-        keep = best._replace(tried=new.tried)
+        keep = best._replace(tried=best.tried + 1)
+        new = keep._replace(move=move, difference=difference, damping=damping)
         return problem.driver.select(difference < best.difference, new, keep)
 
     def _with_momentum(self, problem: Problem, state: State, sample: Sample, losses0: Array, picked: Choice) -> Choice:
@@ -371,7 +371,7 @@ class GaussNewton:
         w, before = state.w + choice.move, state.evaluation
         if problem.fresh:
             highest = before.value + _DOUBTFUL * (self._spread(problem, before) - choice.difference)
-            memory = memory._replace(highest=jnp.full_like(memory.highest, highest))
+            memory = memory._replace(highest=highest)
             return state.replace(w=w, memory=memory, known=jnp.zeros_like(state.known, dtype=bool))
         after = problem.evaluate(w, uncertain=True)
         state = charged(state, GRADIENT, problem.count, evals=1)
