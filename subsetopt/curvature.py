@@ -37,7 +37,7 @@ _WINDOW, _WEIGHT = 4, 0.9  # row samples that SampleSpace averages over, at most
 _PRECONDITIONER_ROWS = 256
 _REFINEMENTS = 20
 _SIGNS_AT_ONCE = 1 << 14  # rows whose random keys are in memory together
-_MODEL_RATE, _ROW_RATE, _CALL, _READING, _READINGS = 15.0, 36.0, 5e8, 50.0, 24  # see form_flops
+_MODEL_RATE, _ROW_RATE, _CALL, _READING, _READINGS = 15.0, 36.0, 5e8, 50.0, 12  # see form_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,10 +327,12 @@ class SampleSpace:
     def solve(self, problem: Problem, w: Array, kept: RowSpace, dampings: Array, grad: Array):
         """By Cholesky in the space of the rows; exact to rounding where the gradient is made of the same rows."""
         l2 = problem.real(problem.l2)
-        if not self.push_through:
-            return _solve_in_rows(kept, dampings, l2, -grad), kept, 0
-        rest = _not_of_rows(kept, grad, l2 * w)
-        return jnp.stack([_push_through(kept, damping + l2, rest) for damping in dampings]), kept, 0
+        if self.push_through:
+            rest = _not_of_rows(kept, grad, l2 * w)
+            solutions = [_push_through(kept, damping + l2, rest) for damping in dampings]
+        else:
+            solutions = [_solve_in_rows(kept, damping, l2, -grad) for damping in dampings]
+        return jnp.stack(solutions), kept, 0
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -383,22 +385,15 @@ def _push_through(kept: RowSpace, damping: Array, rest: Array) -> Array:
 
 
 @jax.jit
-def _solve_in_rows(space: RowSpace, dampings: Array, l2: Any, b: Array) -> Array:
-    """(R'R + damping M + l2 I)^-1 b for each damping, by one factorisation, at the largest.
+def _solve_in_rows(space: RowSpace, damping: Array, l2: Any, b: Array) -> Array:
+    """(R'R + damping M + l2 I)^-1 b: Woodbury loses digits to a small damping, conjugate gradients restore them."""
+    inverse = _woodbury(space, damping, jnp.asarray(l2, b.dtype))
 
-    Woodbury loses digits to a small damping, conjugate gradients on top restore them.
-    """
-    inverse = _woodbury(space, jnp.max(dampings), jnp.asarray(l2, b.dtype))
-    precondition, tolerance = functools.partial(inverse.times, space), float(jnp.finfo(b.dtype).eps) ** 0.75
+    def product(v: Array) -> Array:
+        return space.transposed(space.times(v)) + damping * space.metric.times(v) + l2 * v
 
-    def solve(damping: Array) -> Array:
-        def product(v: Array) -> Array:
-            return space.transposed(space.times(v)) + damping * space.metric.times(v) + l2 * v
-
-        start = jnp.zeros_like(b)
-        return conjugate_gradient(lax.while_loop, product, precondition, b, start, tolerance, _REFINEMENTS)[0]
-
-    return lax.map(solve, dampings)
+    precondition, start = functools.partial(inverse.times, space), jnp.zeros_like(b)
+    return conjugate_gradient(lax.while_loop, product, precondition, b, start, 1e-5, _REFINEMENTS)[0]
 
 
 @jax.jit
@@ -618,7 +613,7 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
     preconditioner, symmetric products and factors counted by half:
 
         dense   h n g + n P^2 + (2 + D) P^3 / 9
-        sample  h n g + (W n)^2 P + (W n)^3 / 3 + 50 D z W n P
+        sample  h n g + D ((W n)^2 P + (W n)^3 / 3 + 50 z W n P)
         cg      h r g + r^2 P + D c (5/3 m g a n / M + 4 r P + e)
 
     Heuristics: CG needs half of the steps it may. The other forms average over steps for nothing, CG would need
@@ -626,8 +621,8 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
     of the rate of large matrix products, and products are paid for twice, in seconds and as gradients: m = 15. A row
     costs 2.4 gradients (small convolutions on CPUs): h = 36. Calling a product costs as much as e = 5e8 operations of a
     matrix product, one or two milliseconds. A damping that has no factorisation of its own costs a third of one. Rows
-    are read z = 24 times for each damping, at 50 operations a number; once where they are the subset's own, but then
-    each damping has its factorisation. The sample form is none to choose where averaging is asked for and one sample
+    are read z = 12 times for each damping, at 50 operations a number. Where they are the subset's own, once, and their
+    products are those of all dampings. The sample form is none to choose where averaging is asked for and one sample
     has more than P / 2 rows.
     """
     g, p = gradient_flops(problem), problem.parameters
@@ -641,8 +636,9 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
     averages = recipe.rows is None or recipe.averaging == 0 or rows > n
     if averages and rows < p and rows * p <= MATRIX_LIMIT**2:
         own = _has_own_rows(problem, recipe)
-        reading, factors = dampings * _READING * (1 if own else _READINGS), dampings if own else 1
-        flops["sample"] = _ROW_RATE * n * g + rows**2 * p + factors * rows**3 / 3 + reading * rows * p
+        readings, products = (1, 1) if own else (_READINGS, dampings)
+        solving = dampings * (rows**3 / 3 + _READING * readings * rows * p)
+        flops["sample"] = _ROW_RATE * n * g + products * rows**2 * p + solving
     return flops
 
 
