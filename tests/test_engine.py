@@ -332,8 +332,8 @@ def test_driver_of_a_cpu_is_host_where_the_network_convolves():
 def test_blocks_change_float32_losses_by_rounding_only(linear_solve: str, ratio: float, rounding: float):
     """After twenty steps; conjugate gradients whose residuals are not kept orthogonal are off by 3e-3.
 
-    With fewer rows A has a fraction of its rank in a network this small: losses differ by 1e-5 on the way in the space of
-    the rows, and rounding decides where CG ends.
+    With fewer rows A has a fraction of its rank in a network this small: losses differ by 1e-5 on the way in the space
+    of the rows, and rounding decides where CG ends.
     """
     solver = GaussNewton(linear_solve=linear_solve, curvature_ratio=ratio, tolerance=0)
     losses = [fit(solver, max_steps=20, block_size=size).loss for size in (7, 16, 64)]
