@@ -226,11 +226,11 @@ def _floored_factors(shapes: tuple[Shape, ...], factors: list[Factors]) -> list[
     """Factors whose product is C over its mean, but for a floor under the arrays' means and all eigenvalues."""
     traces = [_trace(right) for _, right in factors]
     mean = jnp.sum(jnp.concatenate(traces)) / sum(map(math.prod, shapes))
-    any_there_is, found = mean > 0, []
-    mean = jnp.where(any_there_is, mean, 1)
+    curved, found = mean > 0, []
+    mean = jnp.where(curved, mean, 1)
     for shape, (left, right), trace in zip(_places(shapes), factors, traces, strict=True):
         rows, columns = _sides(shape)
-        own = jnp.where(any_there_is, (1 - _FLOOR) * trace / (rows * columns * mean) + _FLOOR, 1)
+        own = jnp.where(curved, (1 - _FLOOR) * trace / (rows * columns * mean) + _FLOOR, 1)
         right = own[:, None, None, None] * _floored(right, trace / columns)
         found.append((_floored(left, trace / rows), right))
     return found
