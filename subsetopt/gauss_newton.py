@@ -2,8 +2,8 @@
 
     d = -(A + lam M)^-1 g + m d_prev        A ~ J'HJ, g the gradient of the whole subset
 
-M is the metric of the damping: the root of the Kronecker factors of A's sample (kronecker.py), for few rows say nothing
-of most directions; I for the classical method.
+M is the metric of the damping: the fourth root of the Kronecker factors of A's sample (kronecker.py), for few rows say
+nothing of most directions; I for the classical method.
 
 On fresh subsets g may be averaged over steps as A is, the old one carried to the new point by the curvature:
 
