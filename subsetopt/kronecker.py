@@ -96,10 +96,10 @@ class Euclidean:
 class Metric:
     """M = C^1/4, over its scale, for parameters (P,) that are arrays of these shapes, one after the other.
 
-    The power is a heuristic, measured: 1/2 is better on small networks and far worse on one of three convolutions, 0 is
-    worse on all. vectors: for the n arrays of each shape that there is, eigenvectors of L and R, as blocks
-    (n, down, a, a) and (n, across, b, b). values: fourth roots of their eigenvalues, (n, down a) and (n, across b), whose
-    products are M's own.
+    The power is a heuristic, measured: 1/2 is better on digits, and far worse on a network of three convolutions.
+
+    vectors: for the n arrays of each shape that there is, eigenvectors of L and R, as blocks (n, down, a, a) and
+    (n, across, b, b). values: fourth roots of their eigenvalues, (n, down a) and (n, across b): M's are their products.
     """
 
     shapes: tuple[Shape, ...]
