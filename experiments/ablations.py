@@ -81,15 +81,6 @@ class FullMatrix(GaussNewton):
 
 
 @dataclasses.dataclass(frozen=True)
-class FlatDamping(GaussNewton):
-    """Damping by a multiple of the identity."""
-
-    def _form(self, problem: Any) -> Any:
-        form: Any = super()._form(problem)
-        return dataclasses.replace(form, recipe=dataclasses.replace(form.recipe, metric=False))
-
-
-@dataclasses.dataclass(frozen=True)
 class SecondStep(GaussNewton):
     """A second step with the same matrix, on one of so many parts of each fresh subset; for the host driver.
 
@@ -150,16 +141,12 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "two epochs of Adam": {"warmup_epochs": 2.0},
     },
     "rows": {
-        "0.15 rows a parameter": solver(curvature_ratio=0.15),
-        "0.5 rows a parameter": solver(curvature_ratio=0.5),
+        "0.25 rows a parameter": solver(curvature_ratio=0.25),
+        "0.4 rows a parameter": solver(curvature_ratio=0.4),
         "1 row a parameter": solver(curvature_ratio=1.0),
         "0.15 rows an example": solver(curvature_share=0.15),
         "all rows of every example": solver(curvature_ratio=None),
         "rows rounded to bfloat16": solver(curvature_precision="bfloat16"),
-    },
-    "metric": {
-        "damping alike in all directions": {"solver": FlatDamping()},
-        "so, and 0.5 rows a parameter": {"solver": FlatDamping(curvature_ratio=0.5)},
     },
     "full matrix": {
         "all rows, by CG": {"solver": FullMatrix()},

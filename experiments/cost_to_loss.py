@@ -120,10 +120,10 @@ LONG_EPOCHS: Row = {
 SETTINGS = {
     "digits": Setting((3, 10, 30, 100, 300, 1000), fit_epochs=100, lbfgs_epochs=100),
     "mnist14": Setting((3, 10, 30, 100), untuned=(100,), fit_epochs=12, lbfgs_epochs=40),
-    "mnist28": Setting(**LONG_EPOCHS, fit_epochs=8),
+    "mnist28": Setting(**LONG_EPOCHS, fit_epochs=11),
     "cifar16": Setting((3, 10, 30, 100, 300, 1000), untuned=(1000,), fit_epochs=35),
     "cifar32-4k": Setting(**LONG_EPOCHS, fit_epochs=20),
-    "cifar32": Setting(**LONG_EPOCHS, fit_epochs=14),
+    "cifar32": Setting(**LONG_EPOCHS, fit_epochs=20),
 }
 
 

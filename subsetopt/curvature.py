@@ -1,16 +1,14 @@
-"""Three forms of the damped Gauss-Newton system (A + lam M) d = -g, and the cost model that picks one.
+"""Three forms of the damped Gauss-Newton system (A + lam I) d = -g, and the cost model that picks one.
 
-A ~ sum_i weight_i J_i' H_i J_i over a curvature sample; M the metric of the damping, learned from A where that is of
-sampled rows (kronecker.py), else I. A form keeps what it needs between steps, as a pytree:
+A ~ sum_i weight_i J_i' H_i J_i over a curvature sample. A form keeps what it needs of A between steps, as a pytree:
 
     Dense          the matrix A, P x P; Cholesky.
-    SampleSpace    the n rows R of A = R'R, n x P with n < P; Cholesky of R M^-1 R', n x n.
+    SampleSpace    the n rows R of A = R'R, n x P with n < P; Cholesky of R R', n x n.
     MatrixFree     the examples alone; preconditioned conjugate gradients on products with A.
 
 Sources: Nocedal and Wright, Numerical Optimization (2006), section 10.3 and Algorithm 5.3; Martens, Deep learning via
 Hessian-free optimization (2010); for the push-through form, Chen et al., NetKet's minSR (2023). Heuristics, chosen by
-measurement: one random row an example, drawn by what the solver says of it, averaging over steps, and the metric: fewer
-rows than parameters say nothing of most directions, and their Kronecker factors do.
+measurement: one random row an example, drawn by what the solver says of it, and averaging over steps.
 """
 
 import contextlib
@@ -26,18 +24,16 @@ import numpy as np
 from jax import Array, lax
 
 from subsetopt.drivers import Sample
-from subsetopt.kronecker import Euclidean, Metric, metric_of, metric_of_rows
 from subsetopt.linalg import Factor, cholesky, cholesky_solve, norm, row_products, symmetric_product
-from subsetopt.model import Shape
 from subsetopt.problem import PRODUCT, Problem, counted, gradient_flops
 
 PRECISIONS = ("highest", "float32", "tensorfloat32", "high", "bfloat16", "default")
 MATRIX_LIMIT = 20_000  # rows and columns up to which a square matrix is kept: 1.6 GB in float32
-_WINDOW, _WEIGHT = 4, 0.9  # row samples that SampleSpace averages over, at most; fewer where they have that weight
+_WINDOW = 4  # row samples that SampleSpace averages over: with averaging 0.5, 94 % of all weight
 _PRECONDITIONER_ROWS = 256
 _REFINEMENTS = 20
 _SIGNS_AT_ONCE = 1 << 14  # rows whose random keys are in memory together
-_MODEL_RATE, _ROW_RATE, _CALL, _READING, _READINGS = 15.0, 36.0, 5e8, 50.0, 12  # see form_flops
+_MODEL_RATE, _ROW_RATE, _CALL, _READING = 15.0, 36.0, 5e8, 50.0  # see form_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Recipe:
     """How curvature is sampled and solved with; a field of GaussNewton says more about each.
 
     rows: single rows a step, more where `share` of the subset's examples are more; None: all M rows of the whole
-    subset, nothing averaged. metric: whether that of the damping is learned.
+    subset, nothing averaged.
     """
 
     rows: int | None
@@ -54,12 +50,6 @@ class Recipe:
     precision: str
     cg_tolerance: float
     cg_max_steps: int
-    metric: bool = True
-
-    @property
-    def learns(self) -> bool:
-        """Whether the metric is learned: all rows of the subset need none."""
-        return self.metric and self.rows is not None
 
     def most_rows(self, problem: Problem) -> int:
         """Rows of one sample where the subset is the whole set."""
@@ -130,7 +120,7 @@ class Form(Protocol):
         ...
 
     def solve(self, problem: Problem, w: Array, kept: Any, dampings: Array, grad: Array) -> tuple[Array, Any, Any]:
-        """-(A + damping M + l2 I)^-1 grad for each of the dampings (d,): (d, P).
+        """-(A + (damping + l2) I)^-1 grad for each of the dampings (d,): (d, P).
 
         With the pytree after it, and the examples of which products were computed. NaN where there is no solution.
         """
@@ -141,11 +131,10 @@ class Form(Protocol):
 
 
 class Matrix(NamedTuple):
-    """Lower triangle of A (P, P), the number of samples in it, and the metric."""
+    """Lower triangle of A (P, P), and the number of samples in it."""
 
     a: Array
     samples: Array
-    metric: Euclidean | Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +145,7 @@ class Dense:
 
     def empty(self, problem: Problem, w: Array) -> Matrix:
         """A zero matrix."""
-        a = jnp.zeros((w.size, w.size), w.dtype)
-        metric = _metric_of(problem.shapes, a) if self.recipe.learns else Euclidean()
-        return Matrix(a, jnp.zeros((), np.int32), metric)
+        return Matrix(jnp.zeros((w.size, w.size), w.dtype), jnp.zeros((), np.int32))
 
     def renewed(self, problem: Problem, w: Array, score: Any, kept: Matrix, key: Array) -> tuple[Matrix, Any]:
         """One pass over the new rows."""
@@ -168,8 +155,7 @@ class Dense:
         onto, weights = _shares(old, kept, jnp.asarray(sample.weights))
         with self.recipe.fast():
             a = problem.gram(w, sample._replace(weights=weights), u, onto, self.recipe.rows)
-        metric = _metric_of(problem.shapes, a) if self.recipe.learns else kept.metric
-        return Matrix(a, kept.samples + 1, metric), self.recipe.cost(problem, sample)
+        return Matrix(a, kept.samples + 1), self.recipe.cost(problem, sample)
 
     def mean_diagonal(self, problem: Problem, w: Array, kept: Matrix, key: Array) -> tuple[Array, Any]:
         """Of the matrix itself."""
@@ -181,7 +167,7 @@ class Dense:
 
     def solve(self, problem: Problem, w: Array, kept: Matrix, dampings: Array, grad: Array):
         """By Cholesky."""
-        return _solve_dense(kept.a, kept.metric, dampings, problem.real(problem.l2), -grad), kept, 0
+        return _solve_dense(kept.a, dampings + problem.real(problem.l2), -grad), kept, 0
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -193,46 +179,35 @@ def _shares(averaging: float, kept: Matrix, weights: Array) -> tuple[Array, Arra
 
 
 _times = jax.jit(symmetric_product)
-_metric_of = jax.jit(metric_of, static_argnums=0)
 
 
 @jax.jit
-def _solve_dense(a: Array, metric: Euclidean | Metric, dampings: Array, l2: Any, b: Array) -> Array:
-    return lax.platform_dependent(a, metric, dampings, l2, b, cpu=_one_factor, default=_own_factors)
+def _solve_dense(a: Array, dampings: Array, b: Array) -> Array:
+    return lax.platform_dependent(a, dampings, b, cpu=_one_factor, default=_own_factors)
 
 
-def _damped_factor(a: Array, metric: Euclidean | Metric, damping: Array, l2: Any) -> Factor:
-    """Of A + damping M + l2 I."""
-    a, shift = metric.added(a, damping)
-    return cholesky(a, shift + l2)
-
-
-def _own_factors(a: Array, metric: Euclidean | Metric, dampings: Array, l2: Any, b: Array) -> Array:
+def _own_factors(a: Array, dampings: Array, b: Array) -> Array:
     """A factorisation for each damping, where substitutions are slow: on accelerators."""
-    return jnp.stack([cholesky_solve(_damped_factor(a, metric, damping, l2), b) for damping in dampings])
+    return jnp.stack([cholesky_solve(cholesky(a, damping), b) for damping in dampings])
 
 
-def _one_factor(a: Array, metric: Euclidean | Metric, dampings: Array, l2: Any, b: Array) -> Array:
+def _one_factor(a: Array, dampings: Array, b: Array) -> Array:
     """One factorisation, at the largest damping; on CPUs it costs as much as 40 solves at P = 11,146.
 
-    With F = (A + largest M + l2 I)^-1, (M - (largest - damping) M F M) x = M F b. Preconditioned by M^-1 this has a
-    condition number below largest / damping: where that is 4, CG has three quarters of all digits after 11 products
-    with F. With half of them, rounding decided when it ends, and losses showed the number of devices. It makes 20
-    products at most: dampings more than 10 times apart get fewer digits.
+    With M = (A + largest I)^-1, (A + damping I) x = b is (I - (largest - damping) M) x = M b. The condition number of
+    this is below largest / damping: where that is 4, CG has three quarters of all digits after 11 products with M. With
+    half of them, rounding decided when it ends, and losses showed the number of devices. It makes 20 products at most:
+    dampings more than 10 times apart get fewer digits.
     """
     largest = jnp.max(dampings)
-    inverse = functools.partial(cholesky_solve, _damped_factor(a, metric, largest, l2))
+    inverse = functools.partial(cholesky_solve, cholesky(a, largest))
     start, tolerance = inverse(b), float(jnp.finfo(b.dtype).eps) ** 0.75
-    one, zero = jnp.ones((), b.dtype), jnp.zeros((), b.dtype)
 
     def solve(damping: Array) -> Array:
         def product(v: Array) -> Array:
-            v = metric.times(v)
-            return v - (largest - damping) * metric.times(inverse(v))
+            return v - (largest - damping) * inverse(v)
 
-        precondition = functools.partial(metric.solve, one, zero)
-        bounds = tolerance, _REFINEMENTS
-        x, _ = conjugate_gradient(lax.while_loop, product, precondition, metric.times(start), start, *bounds)
+        x, _ = conjugate_gradient(lax.while_loop, product, lambda v: v, start, start, tolerance, _REFINEMENTS)
         return jnp.where(jnp.isfinite(start), x, start)
 
     return lax.map(lambda damping: lax.cond(damping < largest, solve, lambda _: start, damping), dampings)
@@ -244,21 +219,25 @@ def _one_factor(a: Array, metric: Euclidean | Metric, dampings: Array, l2: Any, 
 class RowSpace(NamedTuple):
     """The rows of the last samples: A = R'R with R = diag(root) rows.
 
-    rows (n, P); root (n,): square roots of the samples' shares; samples: how many there are. Where the rows are the
-    subset's own, products (n, n): lower triangle of R R', and c (n,): g = R'c + l2 w; else of no numbers.
+    rows (n, P); root (n,): square roots of the samples' shares; products (n, n): lower triangle of rows rows'; c (n,):
+    g = R'c + l2 w, where the rows are the subset's own; samples: how many there are.
     """
 
     rows: Array
     root: Array
-    samples: Array
-    metric: Euclidean | Metric
     products: Array
     c: Array
+    samples: Array
+
+    @property
+    def gram(self) -> Array:
+        """The lower triangle of R R'."""
+        return jnp.outer(self.root, self.root) * self.products
 
     @property
     def trace(self) -> Array:
         """Of R R', and of R'R."""
-        return jnp.sum((self.root[:, None] * self.rows) ** 2)
+        return jnp.vdot(self.root**2, jnp.diagonal(self.products))
 
     def times(self, v: Array) -> Array:
         """R v."""
@@ -267,20 +246,6 @@ class RowSpace(NamedTuple):
     def transposed(self, v: Array) -> Array:
         """R'v."""
         return (self.root * v) @ self.rows  # the transpose would be made on CPUs, at sixty times the cost
-
-
-class Woodbury(NamedTuple):
-    """(R'R + N)^-1 of N = scale M + shift I, by the factor of R N^-1 R' + I."""
-
-    factor: Factor
-    scale: Array
-    shift: Array
-
-    def times(self, space: RowSpace, v: Array) -> Array:
-        """The matrix times v: N^-1 v minus what the rows see of it."""
-        solve = functools.partial(space.metric.solve, self.scale, self.shift)
-        v = solve(v)
-        return v - solve(space.transposed(cholesky_solve(self.factor, space.times(v))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,24 +262,17 @@ class SampleSpace:
     def empty(self, problem: Problem, w: Array) -> RowSpace:
         """No rows."""
         n = self.window * self.recipe.most_rows(problem)
-        own = n if self.push_through else 0
-        rows, root, products, c = (jnp.zeros(shape, w.dtype) for shape in ((n, w.size), (n,), (own, own), (own,)))
-        metric = metric_of_rows(problem.shapes, rows[:1]) if self.recipe.learns else Euclidean()
-        return RowSpace(rows, root, jnp.zeros((), np.int32), metric, products, c)
+        rows, products, zeros = (jnp.zeros(shape, w.dtype) for shape in ((n, w.size), (n, n), (n,)))
+        return RowSpace(rows, zeros, products, zeros, jnp.zeros((), np.int32))
 
     def renewed(self, problem: Problem, w: Array, score: Any, kept: RowSpace, key: Array) -> tuple[RowSpace, Any]:
         """The new rows in front, the oldest ones gone."""
         sample, u = self.recipe.draw(problem, score, key)
         with self.recipe.fast():
             new = problem.rows(w, sample, u)
-        rows, c = (new, kept.c) if u is not None else new
-        kept = _pushed(self.window, self.recipe.averaging, kept, rows)
-        if self.recipe.learns:
-            kept = kept._replace(metric=_metric_of_space(problem.shapes, kept))
-        if self.push_through:
-            # At full precision: products have to be those of the very rows that solutions are made of.
-            kept = kept._replace(products=_products(kept), c=jnp.ravel(c))
-        return kept, self.recipe.cost(problem, sample)
+        rows, c = (new, None) if u is not None else new
+        # Their products at full precision: they have to be those of the very rows that solutions are made of.
+        return _pushed(self.window, self.recipe.averaging, kept, rows, c), self.recipe.cost(problem, sample)
 
     def mean_diagonal(self, problem: Problem, w: Array, kept: RowSpace, key: Array) -> tuple[Array, Any]:
         """From the squares of the rows."""
@@ -325,38 +283,34 @@ class SampleSpace:
         return kept.transposed(kept.times(v)) + problem.real(problem.l2) * v, 0
 
     def solve(self, problem: Problem, w: Array, kept: RowSpace, dampings: Array, grad: Array):
-        """By Cholesky in the space of the rows; exact to rounding where the gradient is made of the same rows."""
+        """By Cholesky of R R'; exact to rounding where the gradient is made of the same rows."""
         l2 = problem.real(problem.l2)
         if self.push_through:
             rest = _not_of_rows(kept, grad, l2 * w)
             solutions = [_push_through(kept, damping + l2, rest) for damping in dampings]
         else:
-            solutions = [_solve_in_rows(kept, damping, l2, -grad) for damping in dampings]
+            solutions = [_refined(kept, damping + l2, grad) for damping in dampings]
         return jnp.stack(solutions), kept, 0
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _pushed(window: int, averaging: float, kept: RowSpace, new: Array) -> RowSpace:
+def _pushed(window: int, averaging: float, kept: RowSpace, new: Array, c: Array | None) -> RowSpace:
     """The newest sample in front, the oldest one gone, every one weighted by its age."""
     new = new.reshape(-1, new.shape[-1])
     n, lasts = len(new), jnp.isfinite(kept.trace)
     rows = jnp.concatenate([new, jnp.where(lasts, kept.rows[:-n], 0)])
+    old = jnp.where(lasts, kept.products[:-n, :-n], 0)
+    products = jnp.concatenate([row_products(rows, n), jnp.pad(old, ((n, 0), (0, 0)))], axis=1)
     samples = jnp.minimum(jnp.where(lasts, kept.samples, 0) + 1, window)
     shares = jnp.asarray([averaging**age for age in range(window)], rows.dtype)
     shares = jnp.where(jnp.arange(window, dtype=np.int32) < samples, shares, 0)
     root = jnp.repeat(jnp.sqrt(shares / jnp.sum(shares)), n)
-    return kept._replace(rows=rows, root=root, samples=samples)
+    return RowSpace(rows, root, products, kept.c if c is None else c.reshape(-1), samples)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _metric_of_space(shapes: tuple[Shape, ...], space: RowSpace) -> Metric:
-    return metric_of_rows(shapes, space.root[:, None] * space.rows)
-
-
-@jax.jit
-def _products(space: RowSpace) -> Array:
-    rows = space.root[:, None] * space.rows
-    return row_products(rows, len(rows))
+def _inverse(kept: RowSpace, factor: Factor, damping: Array, v: Array) -> Array:
+    """(R'R + damping I)^-1 v by Woodbury: v minus what the rows see of it, over the damping."""
+    return (v - kept.transposed(cholesky_solve(factor, kept.times(v)))) / damping
 
 
 @jax.jit
@@ -376,30 +330,22 @@ def _push_through(kept: RowSpace, damping: Array, rest: Array) -> Array:
 
     In float32 at a damping of 1e-7 it has a relative error of 6e-4 where Woodbury has 0.7 (notes of the prototype).
     """
-    factor = cholesky(kept.products, damping)
-
-    def by_rows(v: Array) -> Array:
-        return kept.transposed(cholesky_solve(factor, v))
-
-    return -by_rows(kept.c) - jnp.where(jnp.any(rest != 0), (rest - by_rows(kept.times(rest))) / damping, 0)
+    factor = cholesky(kept.gram, damping)
+    own = kept.transposed(cholesky_solve(factor, kept.c))
+    return -own - jnp.where(jnp.any(rest != 0), _inverse(kept, factor, damping, rest), 0)
 
 
 @jax.jit
-def _solve_in_rows(space: RowSpace, damping: Array, l2: Any, b: Array) -> Array:
-    """(R'R + damping M + l2 I)^-1 b: Woodbury loses digits to a small damping, conjugate gradients restore them."""
-    inverse = _woodbury(space, damping, jnp.asarray(l2, b.dtype))
+def _refined(kept: RowSpace, damping: Array, grad: Array) -> Array:
+    """-(R'R + damping I)^-1 g: Woodbury loses digits to a small damping, conjugate gradients on top restore them."""
+    factor = cholesky(kept.gram, damping)
 
     def product(v: Array) -> Array:
-        return space.transposed(space.times(v)) + damping * space.metric.times(v) + l2 * v
+        return kept.transposed(kept.times(v)) + damping * v
 
-    precondition, start = functools.partial(inverse.times, space), jnp.zeros_like(b)
-    return conjugate_gradient(lax.while_loop, product, precondition, b, start, 1e-5, _REFINEMENTS)[0]
-
-
-@jax.jit
-def _woodbury(space: RowSpace, scale: Array, shift: Array) -> Woodbury:
-    rows = space.metric.whitened(scale, shift, space.root[:, None] * space.rows)
-    return Woodbury(cholesky(row_products(rows, len(rows)), 1.0), scale, shift)
+    precondition = functools.partial(_inverse, kept, factor, damping)
+    start = jnp.zeros_like(grad)
+    return conjugate_gradient(lax.while_loop, product, precondition, -grad, start, 1e-5, _REFINEMENTS)[0]
 
 
 # --- matrix-free ---------------------------------------------------------------------------------------------------
@@ -419,7 +365,7 @@ class MatrixFree:
 
     The sample's examples are taken with all their rows, for a product costs the same with one. Averaging keeps that
     share of the examples from step to step: averaging of matrices would need every old sample's products again.
-    preconditioner: of that many sampled rows R, which the metric is learned from as well, R'R + scale M by Woodbury.
+    preconditioner: R'R + lam I of that many sampled rows R, by Woodbury.
     """
 
     recipe: Recipe
@@ -466,16 +412,16 @@ class MatrixFree:
         return jnp.stack(solutions), kept, counted(products, kept.sample.count)
 
     def _solve(self, problem: Problem, w: Array, kept: Examples, damping: Array, grad: Array) -> tuple[Array, Any]:
-        space = kept.rows
-        inverse = _preconditioner_of(self.recipe.learns, space, damping, problem.real(problem.l2))
+        lam = _own_damping(kept.rows, damping + problem.real(problem.l2))
+        factor = _jitted_factor(kept.rows, lam)
 
         def product(v: Array) -> Array:
-            return self._product(problem, w, kept, v) + damping * _times_metric(space.metric, v)
+            return self._product(problem, w, kept, v) + damping * v
 
         return conjugate_gradient(
             problem.driver.while_loop,
             product,
-            functools.partial(_times_woodbury, inverse, space),
+            lambda v: _jitted_inverse(kept.rows, factor, lam, v),
             -grad,
             kept.solution,
             self.recipe.cg_tolerance,
@@ -491,23 +437,24 @@ class MatrixFree:
         return min(problem.examples, -(-self.recipe.most_rows(problem) // problem.outputs))
 
     def _row_space(self) -> SampleSpace:
-        recipe = dataclasses.replace(self.recipe, rows=self.preconditioner, share=0.0, metric=self.recipe.learns)
-        return SampleSpace(recipe, 1, push_through=False)
+        return SampleSpace(dataclasses.replace(self.recipe, rows=self.preconditioner, share=0.0), 1, push_through=False)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _preconditioner_of(learns: bool, space: RowSpace, damping: Array, l2: Any) -> Woodbury:
-    """R'R and, in place of what A has beside that, more damping (heuristic, measured on two CNNs).
+@jax.jit
+def _own_damping(rows: RowSpace, damping: Array) -> Array:
+    """Damping of the preconditioner, lam and three tenths of its rows' mean square (heuristic, measured on a CNN).
 
-    A learned metric has the mean diagonal of A for it. Without one it is three tenths of the rows' mean square: few
-    rows carry the whole trace of A, and in their own span they overstate it.
+    Few rows carry the whole trace of A: in their own span they overstate it.
     """
-    n, p = space.rows.shape
-    rest = space.trace / p if learns else 0.3 * space.trace / n
-    return _woodbury(space, damping + rest, jnp.asarray(l2, damping.dtype))
+    return damping + 0.3 * rows.trace / len(rows.root)
 
 
-_times_woodbury, _times_metric = jax.jit(Woodbury.times), jax.jit(lambda metric, v: metric.times(v))
+@jax.jit
+def _jitted_factor(rows: RowSpace, damping: Array) -> Factor:
+    return cholesky(rows.gram, damping)
+
+
+_jitted_inverse = jax.jit(_inverse)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -613,7 +560,7 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
     preconditioner, symmetric products and factors counted by half:
 
         dense   h n g + n P^2 + (2 + D) P^3 / 9
-        sample  h n g + D ((W n)^2 P + (W n)^3 / 3 + 50 z W n P)
+        sample  h n g + (2 W - 1) n^2 P + D ((W n)^3 / 3 + 50 z W n P)
         cg      h r g + r^2 P + D c (5/3 m g a n / M + 4 r P + e)
 
     Heuristics: CG needs half of the steps it may. The other forms average over steps for nothing, CG would need
@@ -621,9 +568,8 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
     of the rate of large matrix products, and products are paid for twice, in seconds and as gradients: m = 15. A row
     costs 2.4 gradients (small convolutions on CPUs): h = 36. Calling a product costs as much as e = 5e8 operations of a
     matrix product, one or two milliseconds. A damping that has no factorisation of its own costs a third of one. Rows
-    are read z = 12 times for each damping, at 50 operations a number. Where they are the subset's own, once, and their
-    products are those of all dampings. The sample form is none to choose where averaging is asked for and one sample
-    has more than P / 2 rows.
+    are read z = 12 times for each damping, once where they are the subset's own, at 50 operations a number. The sample
+    form is none to choose where averaging is asked for and one sample has more than P / 2 rows.
     """
     g, p = gradient_flops(problem), problem.parameters
     n = recipe.most_rows(problem)
@@ -635,10 +581,9 @@ def form_flops(problem: Problem, recipe: Recipe, dampings: int) -> dict[str, flo
         flops["dense"] = _ROW_RATE * n * g + n * p**2 + (2 + dampings) * p**3 / 9
     averages = recipe.rows is None or recipe.averaging == 0 or rows > n
     if averages and rows < p and rows * p <= MATRIX_LIMIT**2:
-        own = _has_own_rows(problem, recipe)
-        readings, products = (1, 1) if own else (_READINGS, dampings)
-        solving = dampings * (rows**3 / 3 + _READING * readings * rows * p)
-        flops["sample"] = _ROW_RATE * n * g + products * rows**2 * p + solving
+        reading = _READING * (1 if _has_own_rows(problem, recipe) else 12)
+        solving = dampings * (rows**3 / 3 + reading * rows * p)
+        flops["sample"] = _ROW_RATE * n * g + (2 * rows - n) * n * p + solving
     return flops
 
 
@@ -663,8 +608,7 @@ def window(problem: Problem, recipe: Recipe) -> int:
     """Samples that SampleSpace averages over: no more than have P rows together."""
     if recipe.rows is None or recipe.averaging == 0:
         return 1
-    enough = math.ceil(math.log(1 - _WEIGHT, recipe.averaging)) if recipe.averaging < 1 else _WINDOW
-    return max(1, min(_WINDOW, enough, problem.parameters // recipe.most_rows(problem)))
+    return max(1, min(_WINDOW, problem.parameters // recipe.most_rows(problem)))
 
 
 def _preconditioner(problem: Problem) -> int:

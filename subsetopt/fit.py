@@ -22,7 +22,7 @@ from subsetopt.solve import Progress, Solver, State, Status, Step, advance, eval
 
 PROBE_EXAMPLES, PROBE_SHARE = (1000, 0.1)  # the probe: 1,000 examples, but at most a tenth of the training set
 WARM_UP_EXAMPLES = 320  # tell whether the loss has fallen in the warm-up, where its mini-batches leave doubts
-FORMAT = 4  # of a checkpoint: another one where what is kept means something else
+FORMAT = 3  # of a checkpoint: another one where what is kept means something else
 REPRESENTATIVE = 0.005  # a stage goes on while the probe's loss falls by 0.5 % from check to check
 
 _STAGE = ("examples", "ratio", "status", "steps", "evals", "sample_grads", "loss", "probe_loss", "seconds")

@@ -1,9 +1,6 @@
 """GaussNewton: damped Gauss-Newton steps with sampled curvature, momentum and picked candidates.
 
-    d = -(A + lam M)^-1 g + m d_prev        A ~ J'HJ, g the gradient of the whole subset
-
-M is the metric of the damping: the fourth root of the Kronecker factors of A's sample (kronecker.py), for few rows say
-nothing of most directions; I for the classical method.
+    d = -(A + lam I)^-1 g + m d_prev        A ~ J'HJ, g the gradient of the whole subset
 
 On fresh subsets g may be averaged over steps as A is, the old one carried to the new point by the curvature:
 
@@ -82,9 +79,8 @@ class GaussNewton:
     On a fresh subset that shows in the next step, on another one: where that one's loss is far higher, and was lower
     before, the step is undone. The last step of a fit is not looked at again.
 
-    curvature_ratio: rows of the curvature sample per parameter, one random row an example, and a metric learned from
-        them; None: all M rows of the whole subset every step, nothing averaged, no metric, the classical method with
-        fast local convergence.
+    curvature_ratio: rows of the curvature sample per parameter, one random row an example; None: all M rows of the
+        whole subset every step, nothing averaged, the classical method with fast local convergence.
     curvature_share: rows per example of the subset, where that is more.
     averaging: weight of the older curvature, A = averaging A_old + (1 - averaging) A_new; in the CG form, the share of
         examples kept from step to step.
@@ -112,7 +108,7 @@ class GaussNewton:
         in float64.
     """
 
-    curvature_ratio: float | None = 0.25
+    curvature_ratio: float | None = 0.5
     curvature_share: float = 0.25
     averaging: float = 0.3
     gradient_averaging: float = 0.0

@@ -325,17 +325,10 @@ def test_driver_of_a_cpu_is_host_where_the_network_convolves():
     assert fit_subset(cnn.apply, (cnn.x, cnn.y), cnn.params, **options).driver == "host"
 
 
-@pytest.mark.parametrize(
-    ("linear_solve", "ratio", "rounding"),
-    [("dense", 0.25, 1e-6), ("dense", 0.5, 1e-6), ("sample", 0.5, 1e-6), ("cg", 0.5, 1e-4)],
-)
-def test_blocks_change_float32_losses_by_rounding_only(linear_solve: str, ratio: float, rounding: float):
-    """After twenty steps; conjugate gradients whose residuals are not kept orthogonal are off by 3e-3.
-
-    With fewer rows A has a fraction of its rank in a network this small: losses differ by 1e-5 on the way in the space
-    of the rows, and rounding decides where CG ends.
-    """
-    solver = GaussNewton(linear_solve=linear_solve, curvature_ratio=ratio, tolerance=0)
+@pytest.mark.parametrize(("linear_solve", "rounding"), [("dense", 1e-6), ("sample", 5e-6), ("cg", 1e-4)])
+def test_blocks_change_float32_losses_by_rounding_only(linear_solve: str, rounding: float):
+    """After twenty steps; conjugate gradients whose residuals are not kept orthogonal are off by 3e-3."""
+    solver = GaussNewton(linear_solve=linear_solve, tolerance=0)
     losses = [fit(solver, max_steps=20, block_size=size).loss for size in (7, 16, 64)]
     np.testing.assert_allclose(losses, losses[0], rtol=rounding)
 

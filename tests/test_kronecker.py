@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subsetopt.kronecker import Euclidean, Kronecker, Metric, learned, metric_of, metric_of_rows
+from subsetopt.kronecker import Kronecker, learned
 from subsetopt.model import Shape
 
 # Vectors, matrices, kernels, numbers; one block, blocks with a rest, slim ones; several arrays of a shape.
@@ -19,10 +18,8 @@ SHAPES: list[tuple[Shape, ...]] = [
     ((4,), (30, 4), (4,), (30, 4), (30, 4), ()),
 ]
 LEARNED, TIMES = jax.jit(learned, static_argnums=0), jax.jit(Kronecker.times)
-METRIC_OF_ROWS, METRIC_OF = (jax.jit(function, static_argnums=0) for function in (metric_of_rows, metric_of))
 
 every_shape = pytest.mark.parametrize("shapes", SHAPES, ids=str)
-few_parameters = pytest.mark.parametrize("shapes", [*SHAPES[:2], *SHAPES[3:], ((130, 3), (3,))], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +40,13 @@ def diagonal_blocks(f: np.ndarray, other: int) -> np.ndarray:
     return np.where(block[:, None] == block, f, 0)
 
 
-def power(f: np.ndarray, mean: float, exponent: float) -> np.ndarray:
+def power(f: np.ndarray, mean: float) -> np.ndarray:
     values, vectors = np.linalg.eigh(0.9 * f / mean + 0.1 * np.eye(len(f)))
-    return vectors * values**exponent @ vectors.T
+    return vectors / np.sqrt(values) @ vectors.T
 
 
-def expected_product(shapes: tuple[Shape, ...], pairs: np.ndarray, v: np.ndarray, exponent: float) -> np.ndarray:
-    """Of C to that power, array by array, with eigenvalues of the whole factors."""
+def expected_product(shapes: tuple[Shape, ...], pairs: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Array by array, with eigenvalues of the whole factors."""
     mean = float(np.sum(pairs**2)) / count(shapes)
     products, start = [], 0
     for shape in shapes:
@@ -60,8 +57,7 @@ def expected_product(shapes: tuple[Shape, ...], pairs: np.ndarray, v: np.ndarray
         trace = np.trace(left)
         left, right = diagonal_blocks(left, columns), diagonal_blocks(right, rows)
         own = 0.9 * trace / (size * mean) + 0.1
-        roots = power(left, trace / rows, exponent), power(right, trace / columns, exponent)
-        products.append(roots[0] @ matrix @ roots[1] * own**exponent)
+        products.append(power(left, trace / rows) @ matrix @ power(right, trace / columns) / np.sqrt(own))
         start += size
     return np.concatenate([product.ravel() for product in products])
 
@@ -71,7 +67,7 @@ def test_product_is_that_by_eigenvalues(shapes: tuple[Shape, ...]):
     rng = np.random.default_rng(0)
     pairs, v = rng.standard_normal((7, count(shapes))), rng.standard_normal(count(shapes))
     found = np.asarray(TIMES(LEARNED(shapes, pairs), v))
-    expected = expected_product(shapes, pairs, v, -0.5)
+    expected = expected_product(shapes, pairs, v)
     assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected)
 
 
@@ -104,63 +100,3 @@ def test_curvature_that_is_such_a_product_is_undone():
     ratio = np.diag(entries) * np.sqrt(np.outer(a, b).ravel())
     spread = np.log(np.sqrt(np.outer(a, b).ravel()))
     assert np.std(np.log(ratio)) <= 0.35 * np.std(spread)
-
-
-# --- the metric ----------------------------------------------------------------------------------------------------
-
-
-def rows_of(shapes: tuple[Shape, ...]) -> np.ndarray:
-    """Fewer than there are parameters, those of one array three times as long as of the one before."""
-    rng = np.random.default_rng(4)
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    return rng.standard_normal((7, sum(sizes))) * np.repeat(3.0 ** np.arange(len(sizes)), sizes)
-
-
-def matrix_of(metric: Euclidean | Metric, p: int) -> np.ndarray:
-    return np.asarray(jax.jit(jax.vmap(metric.times))(np.eye(p)))
-
-
-@every_shape
-def test_metric_is_the_fourth_root_by_eigenvalues(shapes: tuple[Shape, ...]):
-    rows, v = rows_of(shapes), np.random.default_rng(5).standard_normal(count(shapes))
-    found = np.asarray(METRIC_OF_ROWS(shapes, rows).times(v))
-    np.testing.assert_allclose(found, expected_product(shapes, rows, v, 0.25), rtol=1e-9, atol=1e-9)
-
-
-@few_parameters
-def test_metric_of_a_matrix_is_that_of_its_rows(shapes: tuple[Shape, ...]):
-    rows, v = rows_of(shapes), np.random.default_rng(5).standard_normal(count(shapes))
-    rows[:, : len(v) // 3] = 0  # arrays without a curvature, too
-    lower = np.tril(rows.T @ rows) + np.triu(np.full((len(v), len(v)), 7e77), 1)
-    by_matrix, by_rows = METRIC_OF(shapes, lower), METRIC_OF_ROWS(shapes, rows)
-    np.testing.assert_allclose(by_matrix.times(v), by_rows.times(v), rtol=1e-9, atol=1e-9)
-
-
-@few_parameters
-@pytest.mark.parametrize("learns", [True, False])
-def test_a_metric_solves_whitens_and_adds_up_as_its_matrix_does(shapes: tuple[Shape, ...], learns: bool):
-    p, rows = count(shapes), rows_of(shapes)
-    metric = METRIC_OF_ROWS(shapes, rows) if learns else Euclidean()
-    matrix, scale, shift = matrix_of(metric, p), jnp.asarray(2.5), jnp.asarray(0.3)
-    whole = scale * matrix + shift * np.eye(p)
-    v, on_device = np.random.default_rng(6).standard_normal(p), jnp.asarray(rows)
-    np.testing.assert_allclose(
-        metric.solve(scale, shift, jnp.asarray(v)), np.linalg.solve(whole, v), rtol=1e-9, atol=1e-12
-    )
-    whitened = np.asarray(metric.whitened(scale, shift, on_device))
-    np.testing.assert_allclose(whitened @ whitened.T, rows @ np.linalg.solve(whole, rows.T), rtol=1e-9, atol=1e-9)
-    added, diagonal = metric.added(jnp.ones((p, p)), scale)
-    found = np.tril(added) + np.asarray(diagonal) * np.eye(p)
-    np.testing.assert_allclose(found, np.tril(1 + scale * matrix), rtol=1e-9, atol=1e-12)
-
-
-@every_shape
-def test_metric_of_no_curvature_is_the_identity(shapes: tuple[Shape, ...]):
-    v = np.random.default_rng(7).standard_normal(count(shapes))
-    np.testing.assert_allclose(METRIC_OF_ROWS(shapes, np.zeros((1, len(v)))).times(v), v, rtol=1e-12)
-
-
-@pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
-def test_the_scale_of_rows_changes_no_metric(scale: float):
-    rows = rows_of(SHAPES[1])
-    assert np.array_equal(*(METRIC_OF_ROWS(SHAPES[1], own).times(rows[0]) for own in (rows, scale * rows)))
